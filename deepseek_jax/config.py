@@ -1,0 +1,491 @@
+"""Every setting of a run as frozen dataclasses; each leaf is also a flag.
+
+The names are those of DeepSeek's own `ModelArgs`.  Defaults are DeepSeek-V3's
+published values (technical report, section 4.2), so that a preset reads as a
+visible difference from the paper.  Only the standard library is imported.
+
+A bad value raises `ValueError` when the dataclass is built, naming the field,
+the value and what would be accepted.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+ATTENTIONS = ('mla', 'mha', 'gqa', 'mqa')
+SCORE_FUNCS = ('sigmoid', 'softmax')
+GROUP_SCORES = ('top2_sum', 'max')
+BALANCES = ('aux_free', 'aux_loss', 'none')
+AUX_LOSSES = ('sequence', 'batch', 'expert', 'gshard')
+DTYPES = ('float32', 'bfloat16', 'float16')
+LR_SCHEDULES = ('v3', 'v2', 'v2_lite', 'cosine', 'constant')
+REMATS = ('none', 'full', 'alternate', 'selective')
+NONFINITES = ('stop', 'skip')
+
+
+def _require(ok: bool, field: str, value: Any, fix: str) -> None:
+  if not ok:
+    raise ValueError(f'{field}={value!r}: {fix}')
+
+
+def _choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+  _require(value in choices, field, value, f'use one of {", ".join(choices)}')
+
+
+def _at_least(field: str, value: float, low: float) -> None:
+  _require(
+    math.isfinite(value) and value >= low, field, value, f'use at least {low}'
+  )
+
+
+def _fraction(field: str, value: float) -> None:
+  _require(0 <= value < 1, field, value, 'use a fraction in [0, 1)')
+
+
+def parse_piecewise(text: str) -> tuple[tuple[float, float], ...]:
+  """Reads `value[@start], value@start, ...` into `((start, value), ...)`.
+
+  A piecewise-constant schedule; `start` is the fraction of all training tokens
+  from which `value` holds.  `'0.3,0.1@0.676'` is 0.3, then 0.1 from 67.6 %.
+
+  Raises:
+    ValueError: on bad syntax, or starts that do not begin at 0 and increase.
+  """
+  fix = "write 'value' or 'value,value@fraction', fractions increasing below 1"
+  try:
+    pieces = [part.split('@') for part in text.split(',')]
+    steps = tuple(
+      (float(rest[0]) if rest else 0.0, float(value)) for value, *rest in pieces
+    )
+  except (ValueError, AttributeError):
+    raise ValueError(f'schedule {text!r}: {fix}') from None
+  starts = [start for start, _ in steps]
+  ok = starts[0] == 0 and all(0 <= s < 1 for s in starts)
+  ok = ok and all(a < b for a, b in zip(starts, starts[1:]))
+  ok = ok and all(math.isfinite(value) for _, value in steps)
+  ok = ok and all(len(part) <= 2 for part in pieces)
+  _require(ok, 'schedule', text, fix)
+  return steps
+
+
+@dataclasses.dataclass(frozen=True)
+class MLAConfig:
+  """Multi-head latent attention (V3 section 2.1.1)."""
+
+  q_lora_rank: int = 1536  # 0: full-rank queries, as in V2-Lite.
+  kv_lora_rank: int = 512
+  qk_nope_head_dim: int = 128
+  qk_rope_head_dim: int = 64
+  v_head_dim: int = 128
+
+  def __post_init__(self):
+    _at_least('model.mla.q_lora_rank', self.q_lora_rank, 0)
+    for name in ('kv_lora_rank', 'qk_nope_head_dim', 'v_head_dim'):
+      _at_least(f'model.mla.{name}', getattr(self, name), 1)
+    rope = self.qk_rope_head_dim
+    _require(
+      rope >= 2 and rope % 2 == 0,
+      'model.mla.qk_rope_head_dim',
+      rope,
+      'use an even number: RoPE rotates pairs',
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class GQAConfig:
+  """Grouped-query attention, the baseline of V2 section 2.1.
+
+  Read when `model.attention` is mha, gqa or mqa.
+  """
+
+  n_kv_heads: int = 8  # gqa only; mha has n_heads of them, mqa one.
+  head_dim: int = 128
+
+  def __post_init__(self):
+    _at_least('model.gqa.n_kv_heads', self.n_kv_heads, 1)
+    _require(
+      self.head_dim >= 2 and self.head_dim % 2 == 0,
+      'model.gqa.head_dim',
+      self.head_dim,
+      'use an even number: RoPE rotates pairs',
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+  """Rotary embedding and YaRN (V3 section 4.3)."""
+
+  theta: float = 10000.0
+  factor: float = 1.0  # Context extension s; 1 turns YaRN off, V3 ends at 40.
+  original_seq_len: int = 4096
+  beta_fast: float = 32.0
+  beta_slow: float = 1.0
+  mscale: float = 1.0  # Softmax scale x (0.1 mscale ln(factor) + 1)^2.
+
+  def __post_init__(self):
+    _require(self.theta > 1, 'model.rope.theta', self.theta, 'use more than 1')
+    _at_least('model.rope.factor', self.factor, 1)
+    _at_least('model.rope.original_seq_len', self.original_seq_len, 1)
+    _require(
+      self.beta_fast > self.beta_slow > 0,
+      'model.rope.beta_fast',
+      self.beta_fast,
+      f'use more than beta_slow={self.beta_slow}, which is above 0',
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+  """DeepSeekMoE and its routing (V3 section 2.1.2, V2 section 2.2)."""
+
+  n_routed_experts: int = 256  # 0: every layer has a dense FFN.
+  n_shared_experts: int = 1
+  n_activated_experts: int = 8
+  moe_inter_dim: int = 2048
+  n_expert_groups: int = 8
+  n_limited_groups: int = 4
+  score_func: str = 'sigmoid'
+  group_score: str = 'top2_sum'
+  norm_topk: bool = True  # Renormalise the selected scores to sum to 1.
+  route_scale: float = 2.5
+  balance: str = 'aux_free'  # aux_free: bias + aux loss; aux_loss: loss alone.
+  aux_loss: str = 'sequence'
+  capacity_factor: float = 0.0  # 0: dropless; GShard drops above the capacity.
+
+  def __post_init__(self):
+    p = 'model.moe.'
+    for name in ('n_routed_experts', 'n_shared_experts', 'capacity_factor'):
+      _at_least(p + name, getattr(self, name), 0)
+    _choice(p + 'score_func', self.score_func, SCORE_FUNCS)
+    _choice(p + 'group_score', self.group_score, GROUP_SCORES)
+    _choice(p + 'balance', self.balance, BALANCES)
+    _choice(p + 'aux_loss', self.aux_loss, AUX_LOSSES)
+    if self.n_routed_experts:
+      self._check_groups()
+
+  def _check_groups(self):
+    p = 'model.moe.'
+    experts, groups = self.n_routed_experts, self.n_expert_groups
+    for name in ('n_activated_experts', 'moe_inter_dim', 'n_expert_groups'):
+      _at_least(p + name, getattr(self, name), 1)
+    divisors = [g for g in range(1, experts + 1) if experts % g == 0]
+    _require(
+      experts % groups == 0,
+      p + 'n_expert_groups',
+      groups,
+      f'must divide n_routed_experts={experts}; use one of {divisors}',
+    )
+    _require(
+      1 <= self.n_limited_groups <= groups,
+      p + 'n_limited_groups',
+      self.n_limited_groups,
+      f'use 1 to n_expert_groups={groups}',
+    )
+    open_experts = self.n_limited_groups * experts // groups
+    _require(
+      self.n_activated_experts <= open_experts,
+      p + 'n_activated_experts',
+      self.n_activated_experts,
+      f'only {open_experts} experts lie in {self.n_limited_groups} groups; '
+      'activate fewer or raise n_limited_groups',
+    )
+    if groups > 1 and self.group_score == 'top2_sum':
+      _require(
+        experts // groups >= 2,
+        p + 'n_expert_groups',
+        groups,
+        'group_score=top2_sum needs two experts a group; use fewer groups',
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The Transformer (V3 section 2)."""
+
+  vocab_size: int = 129280
+  dim: int = 7168
+  inter_dim: int = 18432
+  n_layers: int = 61
+  n_dense_layers: int = 3
+  n_heads: int = 128
+  norm_eps: float = 1e-6
+  init_std: float = 0.006
+  tie_embeddings: bool = False
+  n_mtp_layers: int = 1  # Depth D of multi-token prediction (section 2.2).
+  attention: str = 'mla'
+  mla: MLAConfig = MLAConfig()
+  gqa: GQAConfig = GQAConfig()
+  rope: RopeConfig = RopeConfig()
+  moe: MoEConfig = MoEConfig()
+
+  def __post_init__(self):
+    p = 'model.'
+    for name in ('vocab_size', 'dim', 'inter_dim', 'n_layers', 'n_heads'):
+      _at_least(p + name, getattr(self, name), 1)
+    _at_least(p + 'n_mtp_layers', self.n_mtp_layers, 0)
+    _require(
+      0 <= self.n_dense_layers <= self.n_layers,
+      p + 'n_dense_layers',
+      self.n_dense_layers,
+      f'use 0 to n_layers={self.n_layers}',
+    )
+    for name in ('norm_eps', 'init_std'):
+      value = getattr(self, name)
+      _require(0 < value < 1, p + name, value, 'use a number in (0, 1)')
+    _choice(p + 'attention', self.attention, ATTENTIONS)
+    _require(
+      self.attention == 'mla' or self.n_heads % self.n_kv_heads == 0,
+      'model.gqa.n_kv_heads',
+      self.n_kv_heads,
+      f'must divide n_heads={self.n_heads}',
+    )
+
+  @property
+  def n_kv_heads(self) -> int:
+    """Key-value heads of the MHA, GQA and MQA baselines."""
+    return {'mha': self.n_heads, 'mqa': 1}.get(
+      self.attention, self.gqa.n_kv_heads
+    )
+
+  @property
+  def n_moe_layers(self) -> int:
+    """Main-model layers whose FFN is a mixture of experts."""
+    return self.n_layers - self.n_first_dense
+
+  @property
+  def n_first_dense(self) -> int:
+    """Leading layers with a dense FFN; all of them when there is no MoE."""
+    return self.n_dense_layers if self.moe.n_routed_experts else self.n_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionConfig:
+  """Number formats (V3 section 3.3).  Master weights and sums are FP32."""
+
+  compute_dtype: str = 'bfloat16'  # Linears and the residual stream.
+  mu_dtype: str = 'bfloat16'  # Adam's first moment.
+  nu_dtype: str = 'bfloat16'  # Adam's second moment.
+
+  def __post_init__(self):
+    for name in ('compute_dtype', 'mu_dtype', 'nu_dtype'):
+      _choice(f'precision.{name}', getattr(self, name), DTYPES)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What is read, how it becomes tokens, and how tokens become batches."""
+
+  source: str = 'stdlib'  # stdlib, or a path or glob: see data/corpora.py.
+  text_field: str = 'text'  # The column of JSONL, Parquet and datasets.
+  tokenizer: str = ''  # tokenizer.json; empty: train a byte-level BPE.
+  val_fraction: float = 0.02  # Of documents, chosen by a hash of their name.
+  seq_len: int = 4096
+  batch_size: int = 15360  # Sequences per optimizer step.
+  batch_size_start: int = 0  # Above 0: ramp from here to batch_size ...
+  batch_ramp_fraction: float = 0.0317  # ... over this fraction of the tokens.
+  mask_documents: bool = False  # True: attention stays within a document.
+  fim_rate: float = 0.1  # Share of documents in prefix-suffix-middle order.
+  seed: int = 0
+  cache_dir: str = '~/.cache/deepseek_jax'
+
+  def __post_init__(self):
+    _require(bool(self.source), 'data.source', self.source, 'name a source')
+    _require(
+      0 < self.val_fraction < 1,
+      'data.val_fraction',
+      self.val_fraction,
+      'use a fraction in (0, 1)',
+    )
+    _require(
+      0 <= self.fim_rate <= 1,
+      'data.fim_rate',
+      self.fim_rate,
+      'use a share in [0, 1]',
+    )
+    _at_least('data.seq_len', self.seq_len, 2)
+    _at_least('data.batch_size', self.batch_size, 1)
+    _at_least('data.seed', self.seed, 0)
+    _require(
+      0 <= self.batch_size_start <= self.batch_size,
+      'data.batch_size_start',
+      self.batch_size_start,
+      f'use 0 (no ramp) to batch_size={self.batch_size}',
+    )
+    _fraction('data.batch_ramp_fraction', self.batch_ramp_fraction)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+  """AdamW, its schedule and the weights of the losses (V3 section 4.2).
+
+  `gamma`, `alpha` and `mtp_weight` are piecewise constant over the fraction of
+  training tokens: see `parse_piecewise`.
+  """
+
+  lr: float = 2.2e-4
+  schedule: str = 'v3'
+  warmup_steps: int = 2000
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1  # On matrices only.
+  clip_norm: float = 1.0
+  ema_decay: float = 0.0  # Parameter EMA in host memory; 0 turns it off.
+  gamma: str = '0.001,0@0.96622'  # Speed of the router bias (section 2.1.2).
+  alpha: str = '0.0001'  # Weight of the balance loss (equation 17).
+  mtp_weight: str = '0.3,0.1@0.67568'  # Lambda of equation 25.
+  z_loss: float = 0.0  # Weight of mean(logsumexp(logits)^2); the paper has none.
+
+  def __post_init__(self):
+    p = 'optim.'
+    for name in ('lr', 'warmup_steps', 'weight_decay', 'z_loss'):
+      _at_least(p + name, getattr(self, name), 0)
+    for name in ('eps', 'clip_norm'):
+      value = getattr(self, name)
+      _require(value > 0, p + name, value, 'use a number above 0')
+    for name in ('b1', 'b2', 'ema_decay'):
+      _fraction(p + name, getattr(self, name))
+    _choice(p + 'schedule', self.schedule, LR_SCHEDULES)
+    for name in ('gamma', 'alpha', 'mtp_weight'):
+      try:
+        parse_piecewise(getattr(self, name))
+      except ValueError as error:
+        raise ValueError(f'{p}{name}: {error}') from None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """The loop: how long, how much at a time, what is kept."""
+
+  steps: int = 243320
+  seed: int = 0
+  micro_batch_size: int = 0  # Sequences per forward; 0: the whole batch.
+  remat: str = 'selective'  # What the backward pass computes again.
+  scan_layers: bool = True  # One compiled layer instead of n_layers.
+  nonfinite: str = 'stop'  # On a NaN or infinity: stop, or skip the step.
+  log_every: int = 10
+  eval_every: int = 1000
+  eval_batches: int = 16
+  save_every: int = 1000
+  keep: int = 3  # Checkpoints kept.
+
+  def __post_init__(self):
+    p = 'train.'
+    for name in ('steps', 'log_every', 'eval_every', 'save_every', 'keep'):
+      _at_least(p + name, getattr(self, name), 1)
+    for name in ('seed', 'micro_batch_size', 'eval_batches'):
+      _at_least(p + name, getattr(self, name), 0)
+    _choice(p + 'remat', self.remat, REMATS)
+    _choice(p + 'nonfinite', self.nonfinite, NONFINITES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A whole run."""
+
+  model: ModelConfig = ModelConfig()
+  precision: PrecisionConfig = PrecisionConfig()
+  data: DataConfig = DataConfig()
+  optim: OptimConfig = OptimConfig()
+  train: TrainConfig = TrainConfig()
+
+  def __post_init__(self):
+    micro, batch = self.micro_batch_size, self.data.batch_size
+    for name in ('batch_size', 'batch_size_start'):
+      value = getattr(self.data, name)
+      _require(
+        value % micro == 0,
+        'train.micro_batch_size',
+        micro,
+        f'must divide data.{name}={value}',
+      )
+    moe = self.model.moe
+    batch_wise = moe.n_routed_experts and moe.aux_loss == 'batch'
+    _require(
+      not batch_wise or moe.balance == 'none' or micro == batch,
+      'model.moe.aux_loss',
+      moe.aux_loss,
+      'is defined over the whole batch, which accumulation would change; '
+      f'use train.micro_batch_size=0 (now {micro} of {batch})',
+    )
+    _require(
+      self.model.n_mtp_layers < self.data.seq_len,
+      'model.n_mtp_layers',
+      self.model.n_mtp_layers,
+      f'use fewer than data.seq_len={self.data.seq_len}',
+    )
+
+  @property
+  def micro_batch_size(self) -> int:
+    """Sequences per forward pass, the default resolved."""
+    return self.train.micro_batch_size or self.data.batch_size
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+  """A config as nested dictionaries of plain values, ready for JSON."""
+  return dataclasses.asdict(config)
+
+
+def from_dict(cls: type, values: dict[str, Any], prefix: str = '') -> Any:
+  """Builds `cls` from nested dictionaries; the inverse of `to_dict`.
+
+  Keys that are left out keep their defaults.
+
+  Raises:
+    ValueError: on a key that is no field, or a value of the wrong type.
+  """
+  fields = {field.name: field for field in dataclasses.fields(cls)}
+  unknown = sorted(set(values) - set(fields))
+  if unknown:
+    raise ValueError(
+      f'unknown config field {prefix}{unknown[0]}; {cls.__name__} has '
+      f'{", ".join(fields)}'
+    )
+  built = {}
+  for name, value in values.items():
+    if dataclasses.is_dataclass(fields[name].type):
+      value = from_dict(fields[name].type, value, f'{prefix}{name}.')
+    else:
+      value = cast_leaf(f'{prefix}{name}', value, fields[name].type)
+    built[name] = value
+  return cls(**built)
+
+
+def cast_leaf(name: str, value: Any, kind: type) -> Any:
+  """Checks that `value` is of type `kind`; a float field accepts an integer."""
+  if kind is float and type(value) is int:
+    return float(value)
+  _require(type(value) is kind, name, value, f'must be of type {kind.__name__}')
+  return value
+
+
+def leaves(config: Any, prefix: str = '') -> dict[str, Any]:
+  """`{'model.mla.q_lora_rank': 1536, ...}`: every leaf by its dotted name."""
+  result = {}
+  for field in dataclasses.fields(config):
+    name, value = f'{prefix}{field.name}', getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      result.update(leaves(value, f'{name}.'))
+    else:
+      result[name] = value
+  return result
+
+
+def replace(config: Any, updates: dict[str, Any]) -> Any:
+  """A copy with dotted leaves replaced: `{'model.moe.balance': 'none'}`."""
+  tree = to_dict(config)
+  for name, value in updates.items():
+    *path, leaf = name.split('.')
+    node = tree
+    for key in path:
+      node = node.get(key) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or leaf not in node:
+      raise ValueError(f'unknown config field {name}')
+    node[leaf] = value
+  return from_dict(type(config), tree)
+
+
+def diff(base: Any, other: Any) -> dict[str, tuple[Any, Any]]:
+  """Leaves that differ: `{'optim.lr': (0.00022, 0.0003)}`."""
+  old, new = leaves(base), leaves(other)
+  return {k: (old[k], new[k]) for k in old if old[k] != new[k]}

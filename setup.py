@@ -1,0 +1,50 @@
+"""Packaging of deepseek_jax: `pip install -e .` or `pip install -e '.[test]'`."""
+
+import pathlib
+import re
+
+import setuptools
+
+_ROOT = pathlib.Path(__file__).parent
+_VERSION = re.search(
+  r"__version__ = '(.+?)'", (_ROOT / 'deepseek_jax/__init__.py').read_text()
+).group(1)
+
+NOTEBOOKS = ['ipykernel', 'nbclient', 'nbformat']
+TEST = [
+  'pytest',
+  'ruff',
+  # The reference implementations of the parity tests and of bench.py.
+  'torch==2.13.0',
+  'transformers',
+]
+
+setuptools.setup(
+  name='deepseek_jax',
+  version=_VERSION,
+  description='The DeepSeek-V3 system in JAX and Flax',
+  license='Apache-2.0',
+  python_requires='>=3.11',
+  packages=setuptools.find_packages(include=['deepseek_jax*', 'experiments*']),
+  install_requires=[
+    'absl-py',
+    'chex',
+    'flax>=0.12',
+    'grain>=0.2.18',
+    'jax>=0.10.2',
+    'matplotlib',
+    'ml_dtypes',
+    'numpy',
+    'optax',
+    'orbax-checkpoint>=0.11',
+    'pyarrow',
+    'tensorboardX',
+    'tokenizers',
+    'tqdm',
+  ],
+  extras_require={
+    'cuda': ['jax[cuda13]>=0.10.2'],
+    'notebooks': NOTEBOOKS,
+    'test': TEST + NOTEBOOKS,
+  },
+)
