@@ -334,7 +334,9 @@ class OptimConfig:
   gamma: str = '0.001,0@0.96622'  # Speed of the router bias (section 2.1.2).
   alpha: str = '0.0001'  # Weight of the balance loss (equation 17).
   mtp_weight: str = '0.3,0.1@0.67568'  # Lambda of equation 25.
-  z_loss: float = 0.0  # Weight of mean(logsumexp(logits)^2); the paper has none.
+  z_loss: float = (
+    0.0  # Weight of mean(logsumexp(logits)^2); the paper has none.
+  )
 
   def __post_init__(self):
     p = 'optim.'
