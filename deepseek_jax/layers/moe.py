@@ -1,0 +1,104 @@
+"""DeepSeekMoE: routed and shared experts (V3 section 2.1.2)."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.layers import params
+from deepseek_jax.layers.mlp import MLP
+from deepseek_jax.ops import experts, losses, routing
+
+
+class MoEStats(NamedTuple):
+  """What training needs to know of a layer's routing, all float32.
+
+  Attributes:
+    counts_E: tokens that chose each expert, padding excluded.
+    balance_loss: scalar, summed over sequences; multiply by alpha.
+    dropped: scalar, choices dropped over capacity.
+  """
+
+  counts_E: jax.Array
+  balance_loss: jax.Array
+  dropped: jax.Array
+
+
+class MoE(nn.Module):
+  """Shared experts plus the gated sum of each token's K routed experts.
+
+  Parameters (float32): `gate` [D, E], `w1` and `w3` [E, D, F], `w2` [E, F, D],
+  and `shared` (an `MLP` of n_shared_experts * F).  The auxiliary-loss-free
+  `bias` [E] is in the collection `router_state`: no gradient reaches it.
+  """
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self, x_BTD: jax.Array, mask_BT: jax.Array
+  ) -> tuple[jax.Array, MoEStats]:
+    """Returns the layer's output, without the residual, and its statistics.
+
+    Args:
+      x_BTD: normalised input, compute dtype.
+      mask_BT: float32, 0 for padding, which is routed but not counted.
+    """
+    moe = self.config.moe
+    route = self._route(x_BTD)
+    dropped = jnp.zeros((), jnp.float32)
+    if moe.capacity_factor:
+      kept = routing.drop_over_capacity(route, moe)
+      lost = (kept.weights_TK == 0) & (route.weights_TK != 0)
+      dropped = jnp.sum(lost * mask_BT[..., None], dtype=jnp.float32)
+      route = kept
+    B, T, D = x_BTD.shape
+    y_TD = experts.expert_ffn(
+      x_BTD.reshape(B * T, D),
+      *self._expert_weights(x_BTD),
+      route.expert_ids_TK.reshape(B * T, -1),
+      route.weights_TK.reshape(B * T, -1),
+    )
+    y_BTD = y_TD.reshape(x_BTD.shape)
+    if moe.n_shared_experts:
+      inter_dim = moe.n_shared_experts * moe.moe_inter_dim
+      shared = MLP(inter_dim, self.config.init_std, name='shared')
+      y_BTD += shared(x_BTD)
+    stats = MoEStats(
+      routing.expert_counts(route.expert_ids_TK, moe.n_routed_experts, mask_BT),
+      self._balance_loss(route, mask_BT),
+      dropped,
+    )
+    return y_BTD, stats
+
+  def _route(self, x_BTD):
+    """The gate, in float32: a `Routing` with leading dimensions [B, T]."""
+    c = self.config
+    E = c.moe.n_routed_experts
+    init = params.normal(c.init_std, 'dim', None)
+    gate_DE = self.param('gate', init, (c.dim, E), jnp.float32)
+    bias = self.variable('router_state', 'bias', jnp.zeros, (E,), jnp.float32)
+    logits = jnp.einsum('BTD,DE->BTE', x_BTD.astype(jnp.float32), gate_DE)
+    logits = checkpoint_name(logits, 'routing')
+    return routing.route(logits, bias.value, c.moe)
+
+  def _expert_weights(self, x_BTD):
+    c = self.config
+    E, D, F = c.moe.n_routed_experts, c.dim, c.moe.moe_inter_dim
+    up = params.normal(c.init_std, 'experts', 'dim', 'mlp')
+    down = params.normal(c.init_std, 'experts', 'mlp', 'dim')
+    w1 = self.param('w1', up, (E, D, F), jnp.float32)
+    w2 = self.param('w2', down, (E, F, D), jnp.float32)
+    w3 = self.param('w3', up, (E, D, F), jnp.float32)
+    return [w.astype(x_BTD.dtype) for w in (w1, w2, w3)]
+
+  def _balance_loss(self, route, mask_BT):
+    moe = self.config.moe
+    if moe.balance == 'none':
+      return jnp.zeros((), jnp.float32)
+    return losses.balance_loss(
+      route.scores_TE, route.expert_ids_TK, moe, mask_BT
+    )

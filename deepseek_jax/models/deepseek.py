@@ -1,0 +1,173 @@
+"""The DeepSeek Transformer (V3 section 2)."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.layers import params, stack
+from deepseek_jax.layers.block import Block
+from deepseek_jax.models.mtp import MTP
+from deepseek_jax.ops import losses, norms
+
+
+class Output(NamedTuple):
+  """What one forward pass gives.
+
+  Attributes:
+    hidden_BTD: after the final norm, input of the output head.
+    mtp_hidden: per MTP depth, [B, T, D], likewise.
+    stats: `MoEStats` with a leading [layers] for the keys 'moe_layers' and
+      'mtp', where there are such layers; the tree of `router_state`.
+  """
+
+  hidden_BTD: jax.Array
+  mtp_hidden: tuple[jax.Array, ...]
+  stats: dict[str, Any]
+
+
+class Transformer(nn.Module):
+  """Embedding, dense layers, MoE layers, norm, and the MTP modules.
+
+  Parameters (float32): `embed` and `head` [V, D] (no `head` if tied), `norm`
+  [D], and the stacked trees `dense_layers`, `moe_layers`, `mtp` [L, ...].
+  Collection `router_state`: the biases of `moe_layers` and `mtp`, float32.
+
+  Attributes:
+    config: the architecture.
+    dtype: of activations and of matmul operands.
+    mask_documents: attention stays within a segment.
+    remat: recomputation policy; see `stack.apply_stacked`.
+    scan_layers: loop over layers in the compiled program.
+  """
+
+  config: ModelConfig
+  dtype: Any = jnp.float32
+  mask_documents: bool = False
+  remat: str = 'none'
+  scan_layers: bool = True
+
+  def setup(self):
+    """Declares every parameter."""
+    c = self.config
+    init = params.normal(c.init_std, 'vocab', 'dim')
+    shape = (c.vocab_size, c.dim)
+    self.embed = self.param('embed', init, shape, jnp.float32)
+    if not c.tie_embeddings:
+      self.head = self.param('head', init, shape, jnp.float32)
+    self.norm = params.norm_scale(self, 'norm', c.dim)
+    self.stacks = {
+      name: self._declare(name, layer, count)
+      for name, (layer, count) in self._layers().items()
+      if count
+    }
+
+  def _layers(self) -> dict[str, tuple[nn.Module, int]]:
+    c = self.config
+    # parent=None: these are applied to slices of the stacked parameters.
+    return {
+      'dense_layers': (Block(c, is_moe=False, parent=None), c.n_first_dense),
+      'moe_layers': (Block(c, is_moe=True, parent=None), c.n_moe_layers),
+      'mtp': (MTP(c, parent=None), c.n_mtp_layers),
+    }
+
+  def _declare(self, name: str, layer: nn.Module, count: int) -> Any:
+    """The stacked collections of `count` layers."""
+    is_routed = name != 'dense_layers' and self.config.moe.n_routed_experts
+    collections = ('params', 'router_state') if is_routed else ('params',)
+    if not self.is_initializing():
+      # `param` would trace the initialiser again, only to compare shapes.
+      return {c: self.get_variable(c, name) for c in collections}
+    x = jnp.zeros((1, 1, self.config.dim), self.dtype)
+    ids, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.float32)
+    args = (x, x, ids, None, mask) if name == 'mtp' else (x, ids, None, mask)
+
+    def init(rng, collection):
+      return stack.init_stacked(layer, rng, count, *args).get(collection)
+
+    variables = {'params': self.param(name, init, 'params')}
+    if is_routed:
+      rng = jax.random.key(0)  # Biases start at zero.
+      state = self.variable('router_state', name, init, rng, 'router_state')
+      variables['router_state'] = state.value
+    return variables
+
+  def __call__(
+    self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None
+  ) -> Output:
+    """Hidden states for every position and head.
+
+    Args:
+      tokens_BT: int32.
+      segments_BT: int32, the document of each token in its row, 0 for padding
+        at the end of a row; None: one document.
+    """
+    positions_BT = jnp.broadcast_to(
+      jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape
+    )
+    if segments_BT is None:
+      segments_BT = jnp.ones_like(tokens_BT)
+    mask_BT = (segments_BT > 0).astype(jnp.float32)
+    args = (positions_BT, segments_BT if self.mask_documents else None, mask_BT)
+    embeddings_BTD = self.embed.astype(self.dtype)[tokens_BT]
+    layers, stats, x_BTD = self._layers(), {}, embeddings_BTD
+    for name in ('dense_layers', 'moe_layers'):
+      if name in self.stacks:
+        x_BTD, stats[name] = stack.apply_stacked(
+          layers[name][0],
+          self.stacks[name],
+          x_BTD,
+          *args,
+          remat=self.remat,
+          scan=self.scan_layers,
+        )
+    hidden_BTD = norms.rms_norm(x_BTD, self.norm, self.config.norm_eps)
+    mtp_hidden, stats['mtp'] = self._predict_ahead(
+      hidden_BTD, embeddings_BTD, segments_BT, args
+    )
+    stats = {k: s for k, s in stats.items() if jax.tree.leaves(s)}
+    return Output(hidden_BTD, mtp_hidden, stats)
+
+  def _predict_ahead(self, hidden_BTD, embeddings_BTD, segments_BT, args):
+    """Every MTP depth in turn: its head inputs and stacked statistics."""
+    positions_BT, attention_segments, _ = args
+    outputs, stats = [], []
+    for k in range(1, self.config.n_mtp_layers + 1):
+      variables = jax.tree.map(lambda v: v[k - 1], self.stacks['mtp'])  # noqa: B023
+      mask_BT = mtp_mask(segments_BT, k)
+      module = self._layers()['mtp'][0]
+      apply = stack.rematerialised(module.apply, self.remat)
+      hidden_BTD, head_input, s = apply(
+        variables,
+        hidden_BTD,
+        shift(embeddings_BTD, k),
+        positions_BT,
+        attention_segments,
+        mask_BT,
+      )
+      outputs.append(head_input)
+      stats.append(s)
+    stats = jax.tree.map(lambda *s: jnp.stack(s), *stats) if stats else None
+    return tuple(outputs), stats
+
+  def logits(
+    self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None
+  ) -> jax.Array:
+    """The main head's float32 logits [B, T, V]; training never makes them."""
+    hidden_BTD = self(tokens_BT, segments_BT).hidden_BTD
+    head = self.embed if self.config.tie_embeddings else self.head
+    return losses.logits(hidden_BTD, head.astype(self.dtype))
+
+
+def shift(x_BT: jax.Array, k: int) -> jax.Array:
+  """Position i holds what was at i + k; zeros at the end."""
+  widths = [(0, 0), (0, k)] + [(0, 0)] * (x_BT.ndim - 2)
+  return jnp.pad(x_BT[:, k:], widths)
+
+
+def mtp_mask(segments_BT: jax.Array, k: int) -> jax.Array:
+  """1.0 where position i + k exists and belongs to the document of i."""
+  same = segments_BT == shift(segments_BT, k)
+  return (same & (segments_BT > 0)).astype(jnp.float32)

@@ -1,0 +1,63 @@
+"""Multi-token prediction modules (V3 section 2.2)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.layers import params
+from deepseek_jax.layers.block import Block
+from deepseek_jax.layers.moe import MoEStats
+from deepseek_jax.ops import norms
+
+
+class MTP(nn.Module):
+  """One depth: predicts token i + k + 1 from h_i and the token at i + k.
+
+  Parameters (float32): `enorm`, `hnorm` [D], `eh_proj` [2D, D], `block` (a
+  layer like the main model's last), `norm` [D] (`shared_head.norm` of the
+  released weights).  Embedding and head are the main model's.
+
+  `eh_proj` takes the normalised embedding first and the hidden state second, as
+  in the released weights; equation 21 prints the other order.
+  """
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    hidden_BTD: jax.Array,
+    embeddings_BTD: jax.Array,
+    positions_BT: jax.Array,
+    segments_BT: jax.Array | None,
+    mask_BT: jax.Array,
+  ) -> tuple[jax.Array, jax.Array, MoEStats | None]:
+    """Equations 21 to 23.
+
+    Args:
+      hidden_BTD: h^{k-1}: for depth 1 the main model's output after its final
+        norm, else the previous depth's first result.
+      embeddings_BTD: Emb(t_{i+k}).
+      positions_BT: int32.
+      segments_BT: int32 or None, as for `Block`.
+      mask_BT: float32, 0 where t_{i+k} does not exist.
+
+    Returns:
+      h^k, its `norm`ed form for the output head, and routing statistics.
+    """
+    c = self.config
+
+    def norm(name, x):
+      return norms.rms_norm(x, params.norm_scale(self, name, c.dim), c.norm_eps)
+
+    both = jnp.concatenate(
+      [norm('enorm', embeddings_BTD), norm('hnorm', hidden_BTD)], -1
+    )
+    init = params.normal(c.init_std, 'dim', None)
+    eh_proj = self.param('eh_proj', init, (2 * c.dim, c.dim), jnp.float32)
+    is_moe = c.moe.n_routed_experts > 0
+    block = Block(c, is_moe=is_moe, name='block')
+    x_BTD = both @ eh_proj.astype(both.dtype)
+    x_BTD, stats = block(x_BTD, positions_BT, segments_BT, mask_BT)
+    return x_BTD, norm('norm', x_BTD), stats

@@ -1,0 +1,135 @@
+"""Causal softmax attention with different query-key and value widths.
+
+`attend_reference` is the equation; `attend` is the same function, blockwise in
+the queries, which never holds [T, S] scores of all queries, skips keys in the
+future, and saves only the output and one logsumexp per query for the backward.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+_NEG_INF = -1e30  # Finite: a row of a padding query must not become NaN.
+_MAX_BLOCKS = 16  # Blocks are unrolled, so that each has a static key extent.
+_MIN_BLOCK = 128
+
+
+def attend_reference(q_BTNH, k_BTNH, v_BTNU, scale, segments_BT=None):
+  """`softmax(scale q k^T + causal and document mask) v` in float32.
+
+  Args:
+    q_BTNH: queries.
+    k_BTNH: keys, the same number of heads.
+    v_BTNU: values; their width U may differ from H.
+    scale: of the scores.
+    segments_BT: int32; a query sees keys of its own segment only.
+
+  Returns:
+    [B, T, N, U] in the dtype of `v_BTNU`.
+  """
+  scores = jnp.einsum(
+    'BTNH,BSNH->BNTS', q_BTNH, k_BTNH, preferred_element_type=jnp.float32
+  )
+  scores = _mask(scores * scale, 0, segments_BT, segments_BT)
+  probs = jax.nn.softmax(scores, axis=-1).astype(v_BTNU.dtype)
+  return jnp.einsum('BNTS,BSNU->BTNU', probs, v_BTNU)
+
+
+def _mask(scores_BNTS, start, q_segments_BT, k_segments_BS):
+  """-inf above the diagonal, where query row 0 is position `start`."""
+  T, S = scores_BNTS.shape[-2:]
+  visible = (start + jnp.arange(T))[:, None] >= jnp.arange(S)
+  if q_segments_BT is not None:
+    same = q_segments_BT[:, :, None] == k_segments_BS[:, None, :]
+    visible = (visible & same)[:, None]
+  return jnp.where(visible, scores_BNTS, _NEG_INF)
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+  """(start, end) of each query block."""
+  size = max(_MIN_BLOCK, -(-length // _MAX_BLOCKS))
+  return [(i, min(i + size, length)) for i in range(0, length, size)]
+
+
+def _block_scores(q, k, scale, segments, start, end):
+  """Masked float32 scores of queries [start, end) against keys [0, end).
+
+  Heads come before positions here: [B, N, T, H].
+  """
+  scores = jnp.einsum(
+    'BNTH,BNSH->BNTS',
+    q[:, :, start:end],
+    k[:, :, :end],
+    preferred_element_type=jnp.float32,
+  )
+  if segments is None:
+    return _mask(scores * scale, start, None, None)
+  return _mask(scores * scale, start, segments[:, start:end], segments[:, :end])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attend(q, k, v, scale, segments):
+  return _attend_fwd(q, k, v, scale, segments)[0]
+
+
+def _attend_fwd(q, k, v, scale, segments):
+  outs, lses = [], []
+  for start, end in _blocks(q.shape[2]):
+    scores = _block_scores(q, k, scale, segments, start, end)
+    top = scores.max(-1, keepdims=True)
+    unnormalised = jnp.exp(scores - top)
+    total = unnormalised.sum(-1, keepdims=True)
+    out = jnp.einsum(
+      'BNTS,BNSU->BNTU',
+      unnormalised.astype(v.dtype),
+      v[:, :, :end],
+      preferred_element_type=jnp.float32,
+    )
+    outs.append((out / total).astype(v.dtype))
+    lses.append(top + jnp.log(total))
+  out = checkpoint_name(jnp.concatenate(outs, 2), 'attn_out')
+  lse = checkpoint_name(jnp.concatenate(lses, 2), 'attn_lse')
+  return out, (q, k, v, segments, out, lse)
+
+
+def _attend_bwd(scale, residuals, dout):
+  q, k, v, segments, out, lse = residuals
+  delta = jnp.sum(
+    dout.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True
+  )
+  dqs = []
+  dk = jnp.zeros(k.shape, jnp.float32)
+  dv = jnp.zeros(v.shape, jnp.float32)
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  for start, end in _blocks(q.shape[2]):
+    rows = slice(start, end)
+    scores = _block_scores(q, k, scale, segments, start, end)
+    probs = jnp.exp(scores - lse[:, :, rows])
+    dprobs = product('BNTU,BNSU->BNTS', dout[:, :, rows], v[:, :, :end])
+    dscores = (probs * (dprobs - delta[:, :, rows]) * scale).astype(q.dtype)
+    dqs.append(product('BNTS,BNSH->BNTH', dscores, k[:, :, :end]))
+    dk = dk.at[:, :, :end].add(
+      product('BNTS,BNTH->BNSH', dscores, q[:, :, rows])
+    )
+    dv = dv.at[:, :, :end].add(
+      product('BNTS,BNTU->BNSU', probs.astype(v.dtype), dout[:, :, rows])
+    )
+  dq = jnp.concatenate(dqs, 2).astype(q.dtype)
+  return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def attend(
+  q_BTNH: jax.Array,
+  k_BTNH: jax.Array,
+  v_BTNU: jax.Array,
+  scale: float,
+  segments_BT: jax.Array | None = None,
+) -> jax.Array:
+  """`attend_reference`, blockwise: the same arguments and result."""
+  q, k, v = (x.swapaxes(1, 2) for x in (q_BTNH, k_BTNH, v_BTNU))
+  return _attend(q, k, v, scale, segments_BT).swapaxes(1, 2)

@@ -1,0 +1,180 @@
+"""Cross-entropy without a [T, V] array, and the balance losses."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.config import MoEConfig
+
+# Tokens whose logits exist at once, as [chunk, V] in float32.  For V = 129,280
+# a chunk of 512 is 265 MB; all 4,096 tokens of a sequence would be 2.1 GB.
+_CHUNK_ELEMENTS = 1 << 26
+
+
+class CrossEntropy(NamedTuple):
+  """Sums over tokens; every one a float32 scalar.
+
+  Attributes:
+    loss: sum of weight * (nll + z_loss * logsumexp^2).  Differentiable.
+    nll: sum of weight * nll, in nats.
+    correct: sum of [weight > 0] * [argmax == target].
+  """
+
+  loss: jax.Array
+  nll: jax.Array
+  correct: jax.Array
+
+
+def _chunk_length(batch: int, length: int, vocab: int) -> int:
+  """The longest divisor of `length` whose logits stay below the limit."""
+  limit = max(1, _CHUNK_ELEMENTS // (batch * vocab))
+  return max(t for t in range(1, length + 1) if length % t == 0 and t <= limit)
+
+
+def _split(x: jax.Array, chunk: int) -> jax.Array:
+  """[B, T, ...] -> [T // chunk, B, chunk, ...]; the batch stays sharded."""
+  return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+
+def _chunk_logits(hidden_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
+  return jnp.einsum(
+    'BTD,VD->BTV', hidden_BTD, head_VD, preferred_element_type=jnp.float32
+  )
+
+
+def _chunk_loss(hidden, head, targets, weights, z_loss):
+  """One chunk's `CrossEntropy`, its logits and their logsumexp."""
+  logits = _chunk_logits(hidden, head)
+  lse = jax.nn.logsumexp(logits, axis=-1)
+  target_logits = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+  nll = jnp.sum(weights * (lse - target_logits))
+  correct = (logits.argmax(-1) == targets) & (weights > 0)
+  sums = CrossEntropy(
+    nll + z_loss * jnp.sum(weights * lse**2),
+    nll,
+    correct.sum(dtype=jnp.float32),
+  )
+  return sums, logits, lse
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy(
+  hidden_BTD: jax.Array,
+  head_VD: jax.Array,
+  targets_BT: jax.Array,
+  weights_BT: jax.Array,
+  z_loss: float = 0.0,
+) -> CrossEntropy:
+  """Weighted token cross-entropy of `hidden @ head^T`, chunk by chunk.
+
+  At no time, forward or backward, do the logits of all tokens exist.  The
+  gradient is computed in the forward pass of each chunk, where the logits are
+  at hand, so nothing is recomputed: weights must therefore be given here and
+  not applied afterwards.
+
+  Args:
+    hidden_BTD: compute dtype.
+    head_VD: compute dtype.
+    targets_BT: int32.
+    weights_BT: float32, 0 for tokens that do not count; no gradient.
+    z_loss: coefficient of logsumexp^2.
+
+  Returns:
+    `CrossEntropy`; only `.loss` carries a gradient.
+  """
+  return _forward(
+    hidden_BTD, head_VD, targets_BT, weights_BT, z_loss, with_grad=False
+  )[0]
+
+
+def _forward(hidden, head, targets, weights, z_loss, with_grad):
+  chunk = _chunk_length(*targets.shape, head.shape[0])
+
+  def body(carry, xs):
+    sums, head_grad = carry
+    h, t, w = xs
+    chunk_sums, logits, lse = _chunk_loss(h, head, t, w, z_loss)
+    sums = jax.tree.map(jnp.add, sums, chunk_sums)
+    if not with_grad:
+      return (sums, head_grad), None
+    prob = jnp.exp(logits - lse[..., None])
+    slope = w * (1 + 2 * z_loss * lse)
+    iota = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+    hit = jnp.where(iota == t[..., None], w[..., None], 0.0)
+    dlogits = (prob * slope[..., None] - hit).astype(h.dtype)
+    dh = jnp.einsum('BTV,VD->BTD', dlogits, head).astype(h.dtype)
+    head_grad += jnp.einsum(
+      'BTV,BTD->VD', dlogits, h, preferred_element_type=jnp.float32
+    )
+    return (sums, head_grad), dh
+
+  zeros = CrossEntropy(*(jnp.zeros((), jnp.float32),) * 3)
+  head_grad = jnp.zeros(head.shape if with_grad else (), jnp.float32)
+  xs = tuple(_split(x, chunk) for x in (hidden, targets, weights))
+  (sums, head_grad), dhidden = jax.lax.scan(body, (zeros, head_grad), xs)
+  if not with_grad:
+    return sums, None
+  dhidden = dhidden.swapaxes(0, 1).reshape(hidden.shape)
+  return sums, (dhidden, head_grad.astype(head.dtype))
+
+
+def _cross_entropy_fwd(hidden, head, targets, weights, z_loss):
+  return _forward(hidden, head, targets, weights, z_loss, with_grad=True)
+
+
+def _cross_entropy_bwd(z_loss, grads, cotangent):
+  del z_loss
+  scale = cotangent.loss
+  dhidden, dhead = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
+  return dhidden, dhead, None, None
+
+
+cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+
+
+def logits(hidden_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
+  """The output head: float32 [B, T, V], for inference."""
+  return _chunk_logits(hidden_BTD, head_VD)
+
+
+def balance_loss(
+  scores_BTE: jax.Array,
+  expert_ids_BTK: jax.Array,
+  config: MoEConfig,
+  mask_BT: jax.Array,
+) -> jax.Array:
+  """`sum_i f_i P_i` of one layer, summed over sequences: float32 scalar.
+
+  Multiply by alpha and divide by the number of sequences.  `config.aux_loss`:
+
+  - sequence: V3 equations 17 to 20.  f counts the top-K of the plain scores
+    (no bias, no groups) times E / (K T); P is the mean of s / sum(s).
+  - batch: the same over all sequences as one (V3 section 4.5.3).
+  - expert: V2 equations 23 to 25.  f counts the experts really selected; P is
+    the mean of the plain scores.
+  - gshard: f counts first choices only, with K = 1 (GShard, algorithm 1).
+
+  Args:
+    scores_BTE: float32, without bias; f carries no gradient, P does.
+    expert_ids_BTK: int32, the experts selected, best first.
+    config: kind of loss, E and K.
+    mask_BT: float32, 0 for padding.
+  """
+  E, K = config.n_routed_experts, config.n_activated_experts
+  probs = scores_BTE
+  if config.aux_loss in ('sequence', 'batch'):
+    _, expert_ids_BTK = jax.lax.top_k(jax.lax.stop_gradient(scores_BTE), K)
+    probs = scores_BTE / scores_BTE.sum(-1, keepdims=True)
+  elif config.aux_loss == 'gshard':
+    expert_ids_BTK, K = expert_ids_BTK[..., :1], 1
+  chosen_BTE = jax.nn.one_hot(expert_ids_BTK, E, dtype=jnp.float32).sum(-2)
+  axes = (0, 1) if config.aux_loss == 'batch' else (1,)
+  tokens = jnp.maximum(mask_BT.sum(axes), 1.0)[..., None]
+  mask = mask_BT[..., None]
+  f = E / (K * tokens) * (chosen_BTE * mask).sum(axes)
+  p = (probs * mask).sum(axes) / tokens
+  loss = jnp.sum(f * p)
+  # Every kind is a sum over sequences, so that one division serves them all.
+  return loss * mask_BT.shape[0] if config.aux_loss == 'batch' else loss
