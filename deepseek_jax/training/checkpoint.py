@@ -1,0 +1,331 @@
+"""Checkpoints with orbax, and the lock that keeps two runs out of one workdir.
+
+A checkpoint `workdir/checkpoints/<step>` holds all that the rest of the run
+depends on: `model` (parameters and router biases), `opt_state`, `ema` (when
+it is kept) and `meta` (step, position in the data, config).  No RNG state: all
+seeds derive from (seed, step).  It is written beside the training step into a
+temporary directory and renamed when complete, so that a killed run leaves the
+previous checkpoint valid.  Arrays are stored with their global shapes and come
+back on any sharding.  Nothing is pickled.
+"""
+
+import contextlib
+import fcntl
+import os
+import pathlib
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from deepseek_jax import config as config_lib
+from deepseek_jax.training import state as state_lib
+
+_ABSENT = '(absent)'
+# A change of these leaves changes the shape, the type or the meaning of what is
+# stored; every other leaf may change between two starts, and is logged.
+_FIXED = ('model.', 'precision.mu_dtype', 'precision.nu_dtype')
+
+
+@contextlib.contextmanager
+def lock(workdir: str | os.PathLike) -> Iterator[None]:
+  """Holds `workdir` for this run; the kernel frees it however the run ends.
+
+  Raises:
+    ValueError: if another run holds it.
+  """
+  workdir = pathlib.Path(workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  with (workdir / '.lock').open('a+') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.seek(0)
+      raise ValueError(
+        f'--workdir={workdir}: {file.read().strip()} is training in it; '
+        'wait for it, stop it, or use another workdir'
+      ) from None
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+    file.flush()
+    yield
+
+
+class ConfigMismatch(ValueError):
+  """The checkpoint is readable, but is not what this run asks for."""
+
+
+class Checkpointer:
+  """Saves and restores one run; also a context manager that closes itself."""
+
+  def __init__(self, workdir: str | os.PathLike, config: config_lib.Config):
+    """Opens `workdir/checkpoints` and removes half-written checkpoints in it.
+
+    Args:
+      workdir: of the run; hold its `lock`.
+      config: stored in every checkpoint; `train.keep` of them are kept.
+    """
+    self._workdir = pathlib.Path(workdir).absolute()
+    self._config = config
+    _checkpoints(self._workdir).mkdir(parents=True, exist_ok=True)
+    self._manager = _manager(
+      self._workdir, max_to_keep=config.train.keep, cleanup_tmp_directories=True
+    )
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
+
+  def latest_step(self) -> int | None:
+    """Step of the newest checkpoint, saved or being saved; None without one."""
+    return self._manager.latest_step()
+
+  def save(
+    self,
+    state: state_lib.TrainState,
+    data_state: dict[str, Any],
+    ema: Any = None,
+  ) -> None:
+    """Starts an asynchronous save of `state.step`, after any save under way.
+
+    Returns once the arrays have left the device: `state` may then be donated.
+
+    Args:
+      state: after the step; its parameters must be finite.
+      data_state: of the data iterator, so that its next batch is the one that
+        follows `state.step`; plain values, stored as JSON.
+      ema: parameter average (numpy pytree), left alone until the save is over.
+
+    Raises:
+      Exception: whatever the previous save raised in the background.
+    """
+    import orbax.checkpoint as ocp
+
+    step = int(state.step)
+    meta = {
+      'step': step,
+      'has_ema': ema is not None,
+      'data_state': data_state,
+      'config': config_lib.to_dict(self._config),
+    }
+    items = {
+      'model': ocp.args.StandardSave(_model(state)),
+      'opt_state': ocp.args.StandardSave(state.opt_state),
+      'meta': ocp.args.JsonSave(meta),
+    }
+    if ema is not None:
+      items['ema'] = ocp.args.StandardSave(ema)
+    saved = self._manager.save(step, args=ocp.args.Composite(**items))
+    assert saved, f'step {step} is not after {self.latest_step()}'
+
+  def restore(
+    self, like: state_lib.TrainState
+  ) -> tuple[state_lib.TrainState, dict[str, Any], Any] | None:
+    """Reads the newest readable checkpoint.
+
+    A damaged one is skipped with a warning, and moved to `workdir/damaged` once
+    an older one has been read: the steps between the two are trained again.
+
+    Args:
+      like: state of arrays or `jax.ShapeDtypeStruct`s: structure, shapes, types
+        and shardings (default device where there is none) of the result.
+
+    Returns:
+      (state, data_state, ema or None), or None if there is no checkpoint.
+
+    Raises:
+      ConfigMismatch: if the saved model is another one.
+      ValueError: if there are checkpoints and none can be read.
+    """
+
+    def read(step, meta):
+      _check_config(meta['config'], self._config, self._workdir)
+      return self._read_state(step, meta, like)
+
+    if self.latest_step() is None:
+      return None
+    step, result = _newest_readable(self._manager, read)
+    self._set_aside([s for s in self._manager.all_steps() if s > step])
+    return result
+
+  def _read_state(self, step, meta, like):
+    import orbax.checkpoint as ocp
+
+    items = {
+      'model': ocp.args.StandardRestore(_abstract(_model(like))),
+      'opt_state': ocp.args.StandardRestore(_abstract(like.opt_state)),
+    }
+    if meta['has_ema']:
+      items['ema'] = ocp.args.StandardRestore()
+    read = self._manager.restore(step, args=ocp.args.Composite(**items))
+    state = state_lib.TrainState(
+      step=jax.device_put(np.int32(meta['step']), _sharding(like.step)),
+      opt_state=read.opt_state,
+      **read.model,
+    )
+    return state, meta['data_state'], read.ema if meta['has_ema'] else None
+
+  def _set_aside(self, damaged):
+    for step in damaged:
+      target = self._workdir / 'damaged' / f'{step}_{time.time_ns()}'
+      target.parent.mkdir(exist_ok=True)
+      (_checkpoints(self._workdir) / str(step)).rename(target)
+      logging.warning('moved the damaged checkpoint to %s', target)
+    if damaged:
+      self._manager.reload()
+
+  def wait(self) -> None:
+    """Returns when the save under way is on disk; raises as `save`."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits for the save under way and frees the manager's threads."""
+    self._manager.close()
+
+
+def load_for_inference(
+  workdir: str | os.PathLike, use_ema: bool = False
+) -> tuple[config_lib.Config, dict[str, Any], int]:
+  """Reads the model of a run, also while it is training, without optimizer.
+
+  Args:
+    workdir: of the run.
+    use_ema: read the averaged parameters (`optim.ema_decay`) instead.
+
+  Returns:
+    (config, {'params': ..., 'router_state': ...}, step): float32, on the
+    default device.
+
+  Raises:
+    ValueError: if there is no checkpoint, none can be read, or none has an EMA.
+  """
+  workdir = pathlib.Path(workdir).absolute()
+  if not _checkpoints(workdir).is_dir():
+    raise ValueError(
+      f'--workdir={workdir}: no checkpoints in it; name the workdir of a run'
+    )
+
+  def read(step, meta):
+    if use_ema and not meta['has_ema']:
+      raise ConfigMismatch(
+        f'--workdir={workdir}: checkpoint {step} has no EMA, for the run has '
+        'optim.ema_decay=0; read its parameters'
+      )
+    model = _read_as_saved(manager, step, 'model')
+    if use_ema:
+      model['params'] = _read_as_saved(manager, step, 'ema')
+    return config_lib.from_dict(config_lib.Config, meta['config']), model
+
+  with _manager(workdir, read_only=True) as manager:
+    step, (config, model) = _newest_readable(manager, read)
+  return config, model, step
+
+
+def _checkpoints(workdir):
+  return workdir / 'checkpoints'
+
+
+def _manager(workdir, **options):
+  # Imported here: with its dependencies it costs most of a second, which a
+  # program that reads no checkpoint need not pay.
+  import orbax.checkpoint as ocp
+
+  return ocp.CheckpointManager(
+    _checkpoints(workdir),
+    item_handlers={
+      'model': ocp.StandardCheckpointHandler(),
+      'opt_state': ocp.StandardCheckpointHandler(),
+      'ema': ocp.StandardCheckpointHandler(),
+      'meta': ocp.JsonCheckpointHandler(),
+    },
+    options=ocp.CheckpointManagerOptions(**options),
+  )
+
+
+def _newest_readable(manager, read):
+  """(step, read(step, meta)) of the newest checkpoint on which `read` works."""
+  import orbax.checkpoint as ocp
+
+  directory, errors = pathlib.Path(manager.directory), []
+  for step in sorted(manager.all_steps(), reverse=True):
+    try:
+      args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+      result = read(step, manager.restore(step, args=args).meta)
+    except ConfigMismatch:
+      raise
+    # Damage shows as any of a dozen types, from JSON, orbax and tensorstore.
+    except Exception as error:
+      line = (str(error).splitlines() or [''])[0][:200]
+      errors.append(f'{directory / str(step)}: {type(error).__name__}: {line}')
+      logging.warning(
+        'cannot read a checkpoint, trying the one before: %s', errors[-1]
+      )
+    else:
+      return step, result
+  raise ValueError(
+    f'no readable checkpoint in {directory}; delete or move what is damaged '
+    'to start again:\n  ' + '\n  '.join(errors)
+  )
+
+
+def _read_as_saved(manager, step, item):
+  """The tree of an item with its own structure, on the default device."""
+  import orbax.checkpoint as ocp
+
+  like = _abstract(manager.item_metadata(step)[item].tree)
+  args = ocp.args.Composite(**{item: ocp.args.StandardRestore(like)})
+  return manager.restore(step, args=args)[item]
+
+
+def _model(state):
+  return {'params': state.params, 'router_state': state.router_state}
+
+
+def _sharding(x):
+  sharding = getattr(x, 'sharding', None)
+  if isinstance(sharding, jax.sharding.Sharding):
+    return sharding
+  return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _abstract(tree):
+  def leaf(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(x))
+
+  return jax.tree.map(leaf, tree)
+
+
+def _check_config(saved, config, workdir):
+  """Refuses a different model; logs every other difference."""
+  old, new = _flat(saved), _flat(config_lib.to_dict(config))
+  changed = [
+    f'{name}: {old.get(name, _ABSENT)!r} -> {new.get(name, _ABSENT)!r}'
+    for name in sorted(old.keys() | new.keys())
+    if old.get(name, _ABSENT) != new.get(name, _ABSENT)
+  ]
+  fixed = [line for line in changed if line.startswith(_FIXED)]
+  if fixed:
+    raise ConfigMismatch(
+      f'--workdir={workdir} holds a run of another model (saved -> now):\n  '
+      + '\n  '.join(fixed)
+      + '\nuse the saved values, or another workdir'
+    )
+  for line in changed:
+    logging.warning('config changed since the checkpoint: %s', line)
+
+
+def _flat(tree, prefix=''):
+  """Nested dictionaries as {'model.dim': 64, ...}."""
+  flat = {}
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      flat |= _flat(value, f'{prefix}{name}.')
+    else:
+      flat[prefix + name] = value
+  return flat
