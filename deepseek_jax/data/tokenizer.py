@@ -1,0 +1,214 @@
+"""Byte-level BPE: trained here, or any tokenizer.json (V3 section 4.1).
+
+The special tokens carry DeepSeek's own names.  A text that happens to contain
+such a name is encoded as the ordinary characters it consists of: a document
+can never end itself or open a fill-in-the-middle.
+"""
+
+import functools
+import json
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import tokenizers
+
+BOS = '<｜begin▁of▁sentence｜>'
+EOS = '<｜end▁of▁sentence｜>'
+PAD = '<｜▁pad▁｜>'
+# Fill-in-the-middle: before the prefix, the suffix and the middle.
+FIM = ('<｜fim▁begin｜>', '<｜fim▁hole｜>', '<｜fim▁end｜>')
+SPECIALS = (BOS, EOS, PAD, *FIM)
+
+# Other families' names, tried in this order when a tokenizer lacks DeepSeek's.
+_OTHER_BOS = ('<s>', '<bos>', '<|begin_of_text|>', '<|endoftext|>')
+_OTHER_EOS = ('</s>', '<eos>', '<|end_of_text|>', '<|endoftext|>')
+_OTHER_PAD = ('<pad>', '[PAD]')
+
+# What a token may not cross: up to three digits; a word with one leading space
+# or sign; signs with the line ends after them (section 4.1); white space.
+_SPLIT = '|'.join(
+  (
+    r'\p{N}{1,3}',
+    r'[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+',
+    r' ?[\p{P}\p{S}]+[\r\n]*',
+    r'\s*[\r\n]+',
+    r'\s+(?!\S)',
+    r'\s+',
+  )
+)
+
+
+class Tokenizer:
+  """Text to token ids and back.
+
+  Attributes:
+    vocab_size: one more than the largest id.
+    bos_id, eos_id: the tokens around every document.
+    pad_id: fills rows after the last document; `eos_id` if there is no other.
+    fim_ids: begin, hole and end of fill-in-the-middle; None if lacking.
+  """
+
+  def __init__(self, definition: str, name: str = 'tokenizer'):
+    """Reads the text of a tokenizer.json.
+
+    Raises:
+      ValueError: it is no tokenizer.json, its tokens cannot represent every
+        byte, or it has no beginning- or end-of-sentence token.
+    """
+    try:
+      self._inner = tokenizers.Tokenizer.from_str(_mark_specials(definition))
+      parts = json.loads(self._inner.to_str())
+    except Exception as error:  # `tokenizers` raises bare Exception.
+      raise ValueError(
+        f'data.tokenizer={name!r}: not a tokenizer.json: {error}'
+      ) from None
+    self._byte_level = '"ByteLevel"' in json.dumps(
+      [parts['pre_tokenizer'], parts['decoder']]
+    )
+    if not self._byte_level and not parts['model'].get('byte_fallback'):
+      raise ValueError(
+        f'data.tokenizer={name!r}: neither byte-level nor with byte fallback, '
+        'so it loses text; use a byte-level BPE, or none to train one'
+      )
+    self._inner.encode_special_tokens = True  # Names in a text are text.
+    self._inner.no_truncation()
+    self._inner.no_padding()
+    self._vocab = self._inner.get_vocab(with_added_tokens=True)
+    self.vocab_size = 1 + max(self._vocab.values())
+    self.bos_id = self._find(name, BOS, *_OTHER_BOS)
+    self.eos_id = self._find(name, EOS, *_OTHER_EOS)
+    known_pad = [t for t in (PAD, *_OTHER_PAD) if t in self._vocab]
+    self.pad_id = self._vocab[known_pad[0]] if known_pad else self.eos_id
+    has_fim = all(token in self._vocab for token in FIM)
+    self.fim_ids = tuple(map(self._vocab.get, FIM)) if has_fim else None
+
+  @classmethod
+  def load(cls, path: str | pathlib.Path) -> 'Tokenizer':
+    """Reads a tokenizer.json file.
+
+    Raises:
+      ValueError: it is missing or unusable; see `__init__`.
+    """
+    file = pathlib.Path(path).expanduser()
+    if not file.is_file():
+      raise ValueError(
+        f'data.tokenizer={str(path)!r}: no such file; give a tokenizer.json, '
+        'or leave it empty to train one'
+      )
+    return cls(file.read_text(encoding='utf-8'), str(path))
+
+  @classmethod
+  def train(cls, texts: Iterable[str], vocab_size: int) -> 'Tokenizer':
+    """Trains a byte-level BPE of at most `vocab_size` ids, specials first.
+
+    All 256 bytes are tokens, so every text survives the round trip.  A small
+    corpus may end with fewer ids than asked for.
+
+    Raises:
+      ValueError: `vocab_size` has no room for the bytes and special tokens.
+    """
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    least = len(alphabet) + len(SPECIALS)
+    if vocab_size < least:
+      raise ValueError(
+        f'model.vocab_size={vocab_size}: 256 bytes and {len(SPECIALS)} special '
+        f'tokens need at least {least}'
+      )
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    pre = tokenizers.pre_tokenizers
+    inner.pre_tokenizer = pre.Sequence(
+      [
+        pre.Split(tokenizers.Regex(_SPLIT), 'isolated'),
+        pre.ByteLevel(add_prefix_space=False, use_regex=False),
+      ]
+    )
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+      vocab_size=vocab_size,
+      special_tokens=list(SPECIALS),
+      initial_alphabet=alphabet,
+      show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    return cls(inner.to_str())
+
+  def save(self, path: str | pathlib.Path) -> None:
+    """Writes a tokenizer.json that `load` and `transformers` read."""
+    self._inner.save(str(path))
+
+  def encode(self, text: str) -> np.ndarray:
+    """Token ids of `text`, int32, without any special token."""
+    return next(self.encode_batch([text]))
+
+  def encode_batch(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
+    """`encode` for many texts at once, on all cores."""
+    for encoding in self._inner.encode_batch_fast(
+      texts, add_special_tokens=False
+    ):
+      yield np.asarray(encoding.ids, np.int32)
+
+  def decode(self, ids: Sequence[int], skip_specials: bool = True) -> str:
+    """Text of token ids; bytes that are no UTF-8 become U+FFFD.
+
+    Ids without a token, in the padding of a model's vocabulary, give nothing.
+    """
+    return self._inner.decode(
+      [int(i) for i in ids], skip_special_tokens=skip_specials
+    )
+
+  @functools.cached_property
+  def byte_lengths(self) -> np.ndarray:
+    """Bytes of UTF-8 that each id stands for, int32 [vocab_size].
+
+    Special tokens stand for none, so that the sum over the ids of a document
+    is its length in bytes, the denominator of bits per byte.  Exact for a
+    byte-level BPE without normaliser; a tokenizer that adds a space before the
+    text counts it.
+    """
+    lengths = np.zeros(self.vocab_size, np.int32)
+    added = self._inner.get_added_tokens_decoder()
+    for token, i in self._vocab.items():
+      if i in added:
+        lengths[i] = 0 if added[i].special else len(token.encode())
+      elif self._byte_level:
+        lengths[i] = len(token)  # One character of its alphabet is one byte.
+      elif len(token) == 6 and token.startswith('<0x'):
+        lengths[i] = 1
+      else:
+        lengths[i] = len(token.replace('▁', ' ').encode())
+    return lengths
+
+  def check_fits(self, vocab_size: int) -> None:
+    """Checks that a model of `vocab_size` ids has a row for every token.
+
+    Raises:
+      ValueError: it has not.
+    """
+    if self.vocab_size > vocab_size:
+      raise ValueError(
+        f'model.vocab_size={vocab_size}: the tokenizer has ids up to '
+        f'{self.vocab_size - 1}; use at least {self.vocab_size}'
+      )
+
+  def _find(self, source: str, *names: str) -> int:
+    for name in names:
+      if name in self._vocab:
+        return self._vocab[name]
+    raise ValueError(
+      f'data.tokenizer={source!r}: none of {", ".join(names)} is a token; '
+      'add one of them to its added_tokens'
+    )
+
+
+def _mark_specials(definition: str) -> str:
+  """Declares every added token in angle brackets special.
+
+  DeepSeek's own file lists fill-in-the-middle and chat tokens as ordinary
+  added tokens, which would be recognised in the text of a document.
+  """
+  parts = json.loads(definition)
+  for token in parts['added_tokens']:
+    content = token['content']
+    token['special'] |= content.startswith('<') and content.endswith('>')
+  return json.dumps(parts, ensure_ascii=False)
