@@ -104,15 +104,51 @@ class Transformer(nn.Module):
       segments_BT: int32, the document of each token in its row, 0 for padding
         at the end of a row; None: one document.
     """
-    positions_BT = jnp.broadcast_to(
-      jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape
-    )
     if segments_BT is None:
       segments_BT = jnp.ones_like(tokens_BT)
-    mask_BT = (segments_BT > 0).astype(jnp.float32)
-    args = (positions_BT, segments_BT if self.mask_documents else None, mask_BT)
     embeddings_BTD = self.embed.astype(self.dtype)[tokens_BT]
-    layers, stats, x_BTD = self._layers(), {}, embeddings_BTD
+    args = self._layer_args(segments_BT)
+    hidden_BTD, stats = self._encode(embeddings_BTD, args)
+    mtp_hidden, stats['mtp'] = self._predict_ahead(
+      hidden_BTD, embeddings_BTD, segments_BT, args
+    )
+    stats = {k: s for k, s in stats.items() if jax.tree.leaves(s)}
+    return Output(hidden_BTD, mtp_hidden, stats)
+
+  def encode(
+    self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None
+  ) -> jax.Array:
+    """The main model alone: `Output.hidden_BTD`."""
+    if segments_BT is None:
+      segments_BT = jnp.ones_like(tokens_BT)
+    embeddings_BTD = self.embed.astype(self.dtype)[tokens_BT]
+    return self._encode(embeddings_BTD, self._layer_args(segments_BT))[0]
+
+  def unembed(self, hidden: jax.Array) -> jax.Array:
+    """Float32 logits [..., V] of hidden states [..., D], for inference.
+
+    Training never makes them: see `losses.cross_entropy`.
+    """
+    head = self.embed if self.config.tie_embeddings else self.head
+    return losses.logits(hidden, head.astype(self.dtype))
+
+  def logits(
+    self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None
+  ) -> jax.Array:
+    """The main head's float32 logits [B, T, V]."""
+    return self.unembed(self.encode(tokens_BT, segments_BT))
+
+  def _layer_args(self, segments_BT):
+    """(positions, segments for attention, padding mask) of every layer."""
+    positions_BT = jnp.broadcast_to(
+      jnp.arange(segments_BT.shape[1], dtype=jnp.int32), segments_BT.shape
+    )
+    mask_BT = (segments_BT > 0).astype(jnp.float32)
+    return positions_BT, segments_BT if self.mask_documents else None, mask_BT
+
+  def _encode(self, x_BTD, args):
+    """All layers and the final norm; the statistics of each stack."""
+    layers, stats = self._layers(), {}
     for name in ('dense_layers', 'moe_layers'):
       if name in self.stacks:
         x_BTD, stats[name] = stack.apply_stacked(
@@ -123,12 +159,7 @@ class Transformer(nn.Module):
           remat=self.remat,
           scan=self.scan_layers,
         )
-    hidden_BTD = norms.rms_norm(x_BTD, self.norm, self.config.norm_eps)
-    mtp_hidden, stats['mtp'] = self._predict_ahead(
-      hidden_BTD, embeddings_BTD, segments_BT, args
-    )
-    stats = {k: s for k, s in stats.items() if jax.tree.leaves(s)}
-    return Output(hidden_BTD, mtp_hidden, stats)
+    return norms.rms_norm(x_BTD, self.norm, self.config.norm_eps), stats
 
   def _predict_ahead(self, hidden_BTD, embeddings_BTD, segments_BT, args):
     """Every MTP depth in turn: its head inputs and stacked statistics."""
@@ -151,14 +182,6 @@ class Transformer(nn.Module):
       stats.append(s)
     stats = jax.tree.map(lambda *s: jnp.stack(s), *stats) if stats else None
     return tuple(outputs), stats
-
-  def logits(
-    self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None
-  ) -> jax.Array:
-    """The main head's float32 logits [B, T, V]; training never makes them."""
-    hidden_BTD = self(tokens_BT, segments_BT).hidden_BTD
-    head = self.embed if self.config.tie_embeddings else self.head
-    return losses.logits(hidden_BTD, head.astype(self.dtype))
 
 
 def shift(x_BT: jax.Array, k: int) -> jax.Array:

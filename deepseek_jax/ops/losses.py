@@ -19,12 +19,10 @@ class CrossEntropy(NamedTuple):
   Attributes:
     loss: sum of weight * (nll + z_loss * logsumexp^2).  Differentiable.
     nll: sum of weight * nll, in nats.
-    correct: sum of [weight > 0] * [argmax == target].
   """
 
   loss: jax.Array
   nll: jax.Array
-  correct: jax.Array
 
 
 def _chunk_length(batch: int, length: int, vocab: int) -> int:
@@ -38,25 +36,21 @@ def _split(x: jax.Array, chunk: int) -> jax.Array:
   return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
 
-def _chunk_logits(hidden_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
+def logits(hidden: jax.Array, head_VD: jax.Array) -> jax.Array:
+  """The output head: `hidden` [..., D] to float32 [..., V]."""
   return jnp.einsum(
-    'BTD,VD->BTV', hidden_BTD, head_VD, preferred_element_type=jnp.float32
+    '...D,VD->...V', hidden, head_VD, preferred_element_type=jnp.float32
   )
 
 
 def _chunk_loss(hidden, head, targets, weights, z_loss):
   """One chunk's `CrossEntropy`, its logits and their logsumexp."""
-  logits = _chunk_logits(hidden, head)
-  lse = jax.nn.logsumexp(logits, axis=-1)
-  target_logits = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-  nll = jnp.sum(weights * (lse - target_logits))
-  correct = (logits.argmax(-1) == targets) & (weights > 0)
-  sums = CrossEntropy(
-    nll + z_loss * jnp.sum(weights * lse**2),
-    nll,
-    correct.sum(dtype=jnp.float32),
-  )
-  return sums, logits, lse
+  z_BTV = logits(hidden, head)
+  lse = jax.nn.logsumexp(z_BTV, axis=-1)
+  target_z = jnp.take_along_axis(z_BTV, targets[..., None], -1)[..., 0]
+  nll = jnp.sum(weights * (lse - target_z))
+  loss = nll + z_loss * jnp.sum(weights * lse**2)
+  return CrossEntropy(loss, nll), z_BTV, lse
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -95,13 +89,13 @@ def _forward(hidden, head, targets, weights, z_loss, with_grad):
   def body(carry, xs):
     sums, head_grad = carry
     h, t, w = xs
-    chunk_sums, logits, lse = _chunk_loss(h, head, t, w, z_loss)
+    chunk_sums, z_BTV, lse = _chunk_loss(h, head, t, w, z_loss)
     sums = jax.tree.map(jnp.add, sums, chunk_sums)
     if not with_grad:
       return (sums, head_grad), None
-    prob = jnp.exp(logits - lse[..., None])
+    prob = jnp.exp(z_BTV - lse[..., None])
     slope = w * (1 + 2 * z_loss * lse)
-    iota = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+    iota = jax.lax.broadcasted_iota(jnp.int32, z_BTV.shape, 2)
     hit = jnp.where(iota == t[..., None], w[..., None], 0.0)
     dlogits = (prob * slope[..., None] - hit).astype(h.dtype)
     dh = jnp.einsum('BTV,VD->BTD', dlogits, head).astype(h.dtype)
@@ -110,7 +104,7 @@ def _forward(hidden, head, targets, weights, z_loss, with_grad):
     )
     return (sums, head_grad), dh
 
-  zeros = CrossEntropy(*(jnp.zeros((), jnp.float32),) * 3)
+  zeros = CrossEntropy(jnp.float32(0), jnp.float32(0))
   head_grad = jnp.zeros(head.shape if with_grad else (), jnp.float32)
   xs = tuple(_split(x, chunk) for x in (hidden, targets, weights))
   (sums, head_grad), dhidden = jax.lax.scan(body, (zeros, head_grad), xs)
@@ -134,9 +128,15 @@ def _cross_entropy_bwd(z_loss, grads, cotangent):
 cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
-def logits(hidden_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
-  """The output head: float32 [B, T, V], for inference."""
-  return _chunk_logits(hidden_BTD, head_VD)
+def greedy(hidden_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
+  """The most likely token at each position, chunk by chunk: int32 [B, T]."""
+  chunk = _chunk_length(*hidden_BTD.shape[:2], head_VD.shape[0])
+
+  def best(hidden):
+    return logits(hidden, head_VD).argmax(-1).astype(jnp.int32)
+
+  chosen = jax.lax.map(best, _split(hidden_BTD, chunk))
+  return chosen.swapaxes(0, 1).reshape(hidden_BTD.shape[:2])
 
 
 def balance_loss(
