@@ -9,6 +9,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -57,14 +58,15 @@ class Tokenizer:
         byte, or it has no beginning- or end-of-sentence token.
     """
     try:
-      self._inner = tokenizers.Tokenizer.from_str(_mark_specials(definition))
-      parts = json.loads(self._inner.to_str())
+      parts = json.loads(definition)
+      _mark_specials(parts)
+      self._inner = tokenizers.Tokenizer.from_str(json.dumps(parts))
     except Exception as error:  # `tokenizers` raises bare Exception.
       raise ValueError(
         f'data.tokenizer={name!r}: not a tokenizer.json: {error}'
       ) from None
     self._byte_level = '"ByteLevel"' in json.dumps(
-      [parts['pre_tokenizer'], parts['decoder']]
+      [parts.get('pre_tokenizer'), parts.get('decoder')]
     )
     if not self._byte_level and not parts['model'].get('byte_fallback'):
       raise ValueError(
@@ -201,14 +203,12 @@ class Tokenizer:
     )
 
 
-def _mark_specials(definition: str) -> str:
+def _mark_specials(parts: dict[str, Any]) -> None:
   """Declares every added token in angle brackets special.
 
   DeepSeek's own file lists fill-in-the-middle and chat tokens as ordinary
   added tokens, which would be recognised in the text of a document.
   """
-  parts = json.loads(definition)
   for token in parts['added_tokens']:
     content = token['content']
     token['special'] |= content.startswith('<') and content.endswith('>')
-  return json.dumps(parts, ensure_ascii=False)
