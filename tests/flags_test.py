@@ -21,8 +21,10 @@ from deepseek_jax import flags, presets
 ROOT = pathlib.Path(__file__).parents[1]
 PROGRAM = '''"""Shows what changes.
 
-  python program.py --preset=tiny
+  python -m experiments.program --preset=tiny
 """
+
+import json
 
 from absl import flags as absl_flags
 
@@ -38,7 +40,9 @@ def main():
   if resolved.train.seed == 66:
     int('a bug')
   if resolved.train.seed == 77:
-    raise ValueError('not of this package')
+    json.loads('x')  # Raised in Python, not in C.
+  if resolved.train.seed == 88:
+    raise ValueError('a mistake')
 
 
 flags.run(main)
@@ -218,11 +222,13 @@ class ClosestTest(parameterized.TestCase):
 
 class ProgramTest(parameterized.TestCase):
   def _run(self, *arguments):
-    folder = self.enter_context(tempfile.TemporaryDirectory())
-    program = pathlib.Path(folder) / 'program.py'
-    program.write_text(PROGRAM)
+    folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
+    (folder / 'experiments').mkdir()
+    (folder / 'experiments/__init__.py').touch()
+    (folder / 'experiments/program.py').write_text(PROGRAM)
     return subprocess.run(
-      [sys.executable, program, *arguments],
+      [sys.executable, '-m', 'experiments.program', *arguments],
+      cwd=folder,
       env=os.environ | {'PYTHONPATH': str(ROOT)},
       capture_output=True,
       text=True,
@@ -286,13 +292,18 @@ class ProgramTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ('66', "ValueError: invalid literal for int() with base 10: 'a bug'"),
-    ('77', 'ValueError: not of this package'),
+    ('77', 'json.decoder.JSONDecodeError: Expecting value'),
   )
   def test_bug_keeps_its_traceback(self, seed, last_line):
     result = self._run(f'--train.seed={seed}')
     self.assertEqual(result.returncode, 1)
     self.assertIn('Traceback', result.stderr)
-    self.assertEqual(result.stderr.strip().splitlines()[-1], last_line)
+    self.assertStartsWith(result.stderr.splitlines()[-1], last_line)
+
+  def test_mistake_found_while_running(self):
+    result = self._run('--train.seed=88')
+    self.assertEqual(result.returncode, 2)
+    self.assertEqual(result.stderr, 'ERROR: a mistake\n')
 
   @parameterized.parameters('--help', '-h')
   def test_help(self, argument):
