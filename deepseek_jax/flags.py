@@ -88,15 +88,16 @@ def resolve(
 def run(main: Callable[[], None]) -> NoReturn:
   """Parses the command line, calls `main` and exits.
 
-  This package raises `ValueError` for a user's mistake and for nothing else, so
-  one raised by its own `raise` is shown as a line.  Any other exception, also a
-  `ValueError` out of a library, is a bug and keeps its traceback.
+  This package raises `ValueError` for a user's mistake, `FloatingPointError`
+  for a run that diverged, and neither for anything else: from a `raise` of its
+  own they are shown as a line.  Any other exception, also a `ValueError` out of
+  a library, is a bug and keeps its traceback.
   """
 
   def guarded(_: list[str]) -> None:
     try:
       main()
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
       if not _raised_here(error):
         raise
       _fail(str(error))
@@ -275,7 +276,7 @@ def _fail(message: str) -> NoReturn:
   sys.exit(2)
 
 
-def _raised_here(error: ValueError) -> bool:
+def _raised_here(error: Exception) -> bool:
   """Whether a `raise` in this package or in experiments/ threw the error.
 
   Not merely whether it came out of a frame of ours: the `ValueError` of a bad

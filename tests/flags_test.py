@@ -43,6 +43,8 @@ def main():
     json.loads('x')  # Raised in Python, not in C.
   if resolved.train.seed == 88:
     raise ValueError('a mistake')
+  if resolved.train.seed == 99:
+    raise FloatingPointError('not finite')
 
 
 flags.run(main)
@@ -300,10 +302,11 @@ class ProgramTest(parameterized.TestCase):
     self.assertIn('Traceback', result.stderr)
     self.assertStartsWith(result.stderr.splitlines()[-1], last_line)
 
-  def test_mistake_found_while_running(self):
-    result = self._run('--train.seed=88')
+  @parameterized.parameters(('88', 'a mistake'), ('99', 'not finite'))
+  def test_message_for_the_user_while_running(self, seed, message):
+    result = self._run(f'--train.seed={seed}')
     self.assertEqual(result.returncode, 2)
-    self.assertEqual(result.stderr, 'ERROR: a mistake\n')
+    self.assertEqual(result.stderr, f'ERROR: {message}\n')
 
   @parameterized.parameters('--help', '-h')
   def test_help(self, argument):
