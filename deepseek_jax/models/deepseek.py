@@ -170,7 +170,7 @@ class Transformer(nn.Module):
       mask_BT = mtp_mask(segments_BT, k)
       module = self._layers()['mtp'][0]
       apply = stack.rematerialised(module.apply, self.remat)
-      hidden_BTD, head_input, s = apply(
+      hidden_BTD, s = apply(
         variables,
         hidden_BTD,
         shift(embeddings_BTD, k),
@@ -178,7 +178,7 @@ class Transformer(nn.Module):
         attention_segments,
         mask_BT,
       )
-      outputs.append(head_input)
+      outputs.append(hidden_BTD)
       stats.append(s)
     stats = jax.tree.map(lambda *s: jnp.stack(s), *stats) if stats else None
     return tuple(outputs), stats

@@ -32,19 +32,22 @@ class MTP(nn.Module):
     positions_BT: jax.Array,
     segments_BT: jax.Array | None,
     mask_BT: jax.Array,
-  ) -> tuple[jax.Array, jax.Array, MoEStats | None]:
+  ) -> tuple[jax.Array, MoEStats | None]:
     """Equations 21 to 23.
 
     Args:
-      hidden_BTD: h^{k-1}: for depth 1 the main model's output after its final
-        norm, else the previous depth's first result.
+      hidden_BTD: h^{k-1} as the output head takes it: after the main model's
+        final norm for depth 1, else after the previous depth's `norm`.  The
+        report leaves this open; vLLM runs the released depth 1 so, Megatron
+        and transformers chain any number of depths so.
       embeddings_BTD: Emb(t_{i+k}).
       positions_BT: int32.
       segments_BT: int32 or None, as for `Block`.
       mask_BT: float32, 0 where t_{i+k} does not exist.
 
     Returns:
-      h^k, its `norm`ed form for the output head, and routing statistics.
+      h^k after `norm`, for the output head and depth k + 1; the statistics of
+      routing.
     """
     c = self.config
 
@@ -60,4 +63,4 @@ class MTP(nn.Module):
     block = Block(c, is_moe=is_moe, name='block')
     x_BTD = both @ eh_proj.astype(both.dtype)
     x_BTD, stats = block(x_BTD, positions_BT, segments_BT, mask_BT)
-    return x_BTD, norm('norm', x_BTD), stats
+    return norm('norm', x_BTD), stats
