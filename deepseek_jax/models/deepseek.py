@@ -187,7 +187,7 @@ class Transformer(nn.Module):
 def shift(x_BT: jax.Array, k: int) -> jax.Array:
   """Position i holds what was at i + k; zeros at the end."""
   widths = [(0, 0), (0, k)] + [(0, 0)] * (x_BT.ndim - 2)
-  return jnp.pad(x_BT[:, k:], widths)
+  return jnp.pad(x_BT, widths)[:, k:]  # In this order also for k above T.
 
 
 def mtp_mask(segments_BT: jax.Array, k: int) -> jax.Array:
