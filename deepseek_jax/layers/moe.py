@@ -51,7 +51,7 @@ class MoE(nn.Module):
     route = self._route(x_BTD)
     dropped = jnp.zeros((), jnp.float32)
     if moe.capacity_factor:
-      kept = routing.drop_over_capacity(route, moe)
+      kept = routing.drop_over_capacity(route, moe, mask_BT)
       lost = (kept.weights_TK == 0) & (route.weights_TK != 0)
       dropped = jnp.sum(lost * mask_BT[..., None], dtype=jnp.float32)
       route = kept

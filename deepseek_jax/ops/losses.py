@@ -177,4 +177,6 @@ def balance_loss(
   p = (probs * mask).sum(axes) / tokens
   loss = jnp.sum(f * p)
   # Every kind is a sum over sequences, so that one division serves them all.
-  return loss * mask_BT.shape[0] if config.aux_loss == 'batch' else loss
+  if config.aux_loss == 'batch':
+    loss *= mask_BT.any(-1).sum()
+  return loss

@@ -64,25 +64,29 @@ def _close_groups(biased_TE: jax.Array, config: MoEConfig) -> jax.Array:
   return masked.reshape(biased_TE.shape)
 
 
-def drop_over_capacity(routing: Routing, config: MoEConfig) -> Routing:
+def drop_over_capacity(
+  routing: Routing, config: MoEConfig, mask_BT: jax.Array
+) -> Routing:
   """Zeroes the weights of choices beyond an expert's capacity (GShard).
 
-  An expert takes `ceil(capacity_factor * K * T / E)` choices of one sequence:
-  first choices before second ones, and earlier tokens before later ones.
-  Capacity per sequence keeps the result independent of the batch around it.
+  An expert takes `ceil(capacity_factor * K * T / E)` choices of one sequence of
+  T tokens: first choices before second ones, and earlier tokens before later
+  ones.  Capacity per sequence keeps the result independent of the batch around
+  it, and padding neither raises the capacity nor takes of it.
 
   Args:
     routing: of B sequences, arrays [B, T, K] and [B, T, E].
     config: with `capacity_factor` above 0.
+    mask_BT: float32, 0 for padding.
   """
   B, T, K = routing.expert_ids_TK.shape
   E = config.n_routed_experts
-  capacity = -(-config.capacity_factor * K * T // E)
+  capacity_B = jnp.ceil(config.capacity_factor * K * mask_BT.sum(-1) / E)
   ids = routing.expert_ids_TK.swapaxes(1, 2).reshape(B, K * T)
-  one_hot = jax.nn.one_hot(ids, E, dtype=jnp.int32)
+  one_hot = jax.nn.one_hot(ids, E) * jnp.tile(mask_BT, K)[..., None]
   queue = jnp.cumsum(one_hot, axis=1) - one_hot
   position = jnp.take_along_axis(queue, ids[..., None], axis=-1)[..., 0]
-  kept = (position < capacity).reshape(B, K, T).swapaxes(1, 2)
+  kept = (position < capacity_B[:, None]).reshape(B, K, T).swapaxes(1, 2)
   return routing._replace(weights_TK=jnp.where(kept, routing.weights_TK, 0.0))
 
 
