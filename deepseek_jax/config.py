@@ -359,7 +359,7 @@ class OptimConfig:
 class TrainConfig:
   """The loop: how long, how much at a time, what is kept."""
 
-  steps: int = 243320
+  steps: int = 243870
   seed: int = 0
   micro_batch_size: int = 0  # Sequences per forward; 0: the whole batch.
   remat: str = 'selective'  # What the backward pass computes again.
@@ -398,8 +398,8 @@ class Config:
       _require(
         value % micro == 0,
         'train.micro_batch_size',
-        micro,
-        f'must divide data.{name}={value}',
+        self.train.micro_batch_size,
+        f'must divide data.{name}={value}; set it to a common divisor',
       )
     moe = self.model.moe
     batch_wise = moe.n_routed_experts and moe.aux_loss == 'batch'
@@ -436,6 +436,10 @@ def from_dict(cls: type, values: dict[str, Any], prefix: str = '') -> Any:
   Raises:
     ValueError: on a key that is no field, or a value of the wrong type.
   """
+  section = prefix.rstrip('.') or 'config'
+  _require(
+    isinstance(values, dict), section, values, 'must be a section of fields'
+  )
   fields = {field.name: field for field in dataclasses.fields(cls)}
   unknown = sorted(set(values) - set(fields))
   if unknown:

@@ -67,7 +67,7 @@ def deepseek_v2() -> Config:
       alpha='0.003',
       mtp_weight='0',
     ),
-    train=config_lib.TrainConfig(steps=217000, micro_batch_size=256),
+    train=config_lib.TrainConfig(steps=220174, micro_batch_size=256),
   )
 
 
@@ -96,7 +96,7 @@ def deepseek_v2_lite() -> Config:
     optim=dataclasses.replace(
       base.optim, lr=4.2e-4, schedule='v2_lite', alpha='0.001'
     ),
-    train=config_lib.TrainConfig(steps=301998, micro_batch_size=256),
+    train=config_lib.TrainConfig(steps=301997, micro_batch_size=256),
   )
 
 
