@@ -1,0 +1,81 @@
+"""A whole training run: the loop, its validation and its samples."""
+
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from deepseek_jax import config as config_lib
+from deepseek_jax.data import pipeline
+from deepseek_jax.evaluation import perplexity
+from deepseek_jax.inference import generate
+from deepseek_jax.training import loop
+from deepseek_jax.training import state as state_lib
+
+_SAMPLES, _PROMPT_TOKENS, _NEW_TOKENS = 4, 16, 128
+_TEMPERATURE = 0.8
+
+
+def train(
+  config: config_lib.Config,
+  workdir: str | os.PathLike,
+  base: config_lib.Config | None = None,
+) -> None:
+  """Trains, evaluates and samples; see `loop.train`."""
+  loop.train(
+    config,
+    workdir,
+    base,
+    make_evaluate=make_evaluate,
+    write_samples=write_samples,
+  )
+
+
+def make_evaluate(
+  model: Any, config: config_lib.Config, corpus: pipeline.Corpus
+) -> Callable[[state_lib.TrainState], dict[str, float]]:
+  """Evaluation of a state on `train.eval_batches` batches (0: all) of rows."""
+  eval_step = perplexity.make_eval_step(model, config)
+
+  def evaluate(state):
+    batches = pipeline.validation_batches(
+      corpus, config.micro_batch_size, config.train.eval_batches or None
+    )
+    return perplexity.evaluate(
+      eval_step,
+      state.params,
+      state.router_state,
+      batches,
+      corpus.tokenizer.byte_lengths,
+    )
+
+  return evaluate
+
+
+def write_samples(
+  workdir: pathlib.Path,
+  model: Any,
+  state: state_lib.TrainState,
+  corpus: pipeline.Corpus,
+  config: config_lib.Config,
+) -> None:
+  """Continues the beginnings of validation documents: samples/<step>.txt."""
+  tokenizer, rows = corpus.tokenizer, corpus.validation
+  count = min(_SAMPLES, len(rows.documents))
+  prompts = [rows.document(i)[:_PROMPT_TOKENS].tolist() for i in range(count)]
+  outputs = generate.generate(
+    model,
+    {'params': state.params, 'router_state': state.router_state},
+    prompts,
+    min(_NEW_TOKENS, config.data.seq_len),
+    temperature=_TEMPERATURE,
+    seed=config.train.seed,
+    stop_id=tokenizer.eos_id,
+  )
+  texts = [
+    f'=== {tokenizer.decode(prompt)!r}\n{tokenizer.decode(output)}\n'
+    for prompt, output in zip(prompts, outputs)
+  ]
+  path = workdir / 'samples' / f'{int(state.step)}.txt'
+  path.parent.mkdir(exist_ok=True)
+  path.write_text('\n'.join(texts), encoding='utf-8')

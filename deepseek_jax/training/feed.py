@@ -1,0 +1,73 @@
+"""The batches of a run, and where in the data it stands."""
+
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from deepseek_jax import config as config_lib
+from deepseek_jax.data import pipeline
+
+
+class Feed:
+  """Draws `[A, b, T + 1]` batches and knows how to go on from `position`."""
+
+  def __init__(
+    self,
+    corpus: pipeline.Corpus,
+    config: config_lib.Config,
+    position: dict[str, Any] | None = None,
+  ):
+    """Opens the training rows, where `position` of an earlier feed says.
+
+    Another micro-batch size goes on at the same row.  Other rows (a changed
+    corpus, length, FIM rate or seed) begin at their own first, with a warning.
+    """
+    data = config.data
+    self._micro = config.micro_batch_size
+    self._rows = {
+      'corpus': corpus.fingerprint,
+      'seq_len': data.seq_len,
+      'fim_rate': data.fim_rate,
+      'seed': data.seed,
+    }
+    self._drawn = 0  # Rows.
+    self._iterator = pipeline.train_iterator(corpus, data, self._micro)
+    if position is not None:
+      self._go_to(position)
+
+  @property
+  def position(self) -> dict[str, Any]:
+    """Where the next batch begins: plain values for `Feed(position=...)`."""
+    return {
+      'rows': self._rows,
+      'drawn': self._drawn,
+      'micro_batch_size': self._micro,
+      'iterator': self._iterator.get_state(),
+    }
+
+  def draw(self, batch_size: int) -> dict[str, np.ndarray]:
+    """The next batch: 'tokens' and 'segments', int32 [A, b, T + 1].
+
+    Args:
+      batch_size: A b sequences, where b is the micro-batch size.
+    """
+    n = batch_size // self._micro
+    parts = [next(self._iterator) for _ in range(n)]
+    self._drawn += batch_size
+    return {key: np.stack([part[key] for part in parts]) for key in parts[0]}
+
+  def _go_to(self, position):
+    changed = [k for k, v in self._rows.items() if position['rows'][k] != v]
+    if changed:
+      logging.warning(
+        'data: %s changed since the checkpoint; starting at the first row',
+        ', '.join(changed),
+      )
+    elif position['micro_batch_size'] == self._micro:
+      self._iterator.set_state(position['iterator'])
+      self._drawn = position['drawn']
+    else:
+      for _ in range(position['drawn'] // self._micro):
+        next(self._iterator)
+      self._drawn = position['drawn'] // self._micro * self._micro

@@ -1,0 +1,199 @@
+"""The training loop: a straight line from a config to a finished run."""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from deepseek_jax import config as config_lib
+from deepseek_jax.data import pipeline
+from deepseek_jax.training import (
+  checkpoint,
+  optimizer,
+  plots,
+  schedules,
+  step_log,
+)
+from deepseek_jax.training import ema as ema_lib
+from deepseek_jax.training import feed as feed_lib
+from deepseek_jax.training import state as state_lib
+from deepseek_jax.training import step as step_lib
+from deepseek_jax.training.step_log import say
+
+# (model, config, corpus) -> (state -> named results).
+MakeEvaluate = Callable[
+  [Any, config_lib.Config, pipeline.Corpus],
+  Callable[[state_lib.TrainState], dict[str, float]],
+]
+# (workdir, model, state, corpus, config): writes workdir/samples.
+WriteSamples = Callable[..., None]
+
+
+def train(
+  config: config_lib.Config,
+  workdir: str | os.PathLike,
+  base: config_lib.Config | None = None,
+  *,
+  make_evaluate: MakeEvaluate,
+  write_samples: WriteSamples,
+) -> None:
+  """Trains up to `train.steps`, going on from the newest checkpoint if any.
+
+  However often it is interrupted and called again, the losses are bitwise those
+  of a run that never was.  `workdir` gets config.json, metrics.jsonl,
+  tensorboard/, checkpoints/, plots/ and samples/.
+
+  Args:
+    config: of the run.
+    workdir: of the run; made if need be.
+    base: the preset of which `config` is a variation, to show what differs.
+    make_evaluate: validation; evaluation lies above training, which therefore
+      is given it.  `evaluation.run.train` is this function with both.
+    write_samples: generation, at the end.
+
+  Raises:
+    ValueError: bad data settings; another run in `workdir`, or another model.
+    FloatingPointError: a loss or gradient is not finite (`train.nonfinite`).
+    SystemExit: 128 + signal, after SIGTERM or SIGINT and a checkpoint.
+  """
+  started, workdir = time.perf_counter(), pathlib.Path(workdir).expanduser()
+  use_compilation_cache(config)
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(checkpoint.lock(workdir))
+    _announce(config, workdir, base)
+    saver = stack.enter_context(checkpoint.Checkpointer(workdir, config))
+    corpus = pipeline.load(config.data, config.model.vocab_size)
+    schedule = schedules.Schedule(config)
+    model = step_lib.build_model(config)
+    tx = optimizer.adamw(config.optim, config.precision)
+    state, position, ema = _init_or_restore(model, tx, config, saver)
+    _write_config(workdir, config)
+    feed = feed_lib.Feed(corpus, config, position)
+    train_step = step_lib.make_train_step(model, config, tx)
+    evaluate = make_evaluate(model, config, corpus)
+    if ema:
+      stack.callback(ema.close)
+    log = step_log.StepLog(workdir, config, state, schedule, started)
+    done, last, stop = int(state.step), config.train.steps, None
+    with log, _Interrupt() as interrupt:
+      while done < last and not stop:
+        # Nothing here waits for the step that it starts: the host reads the
+        # metrics of the step before, and draws the next batch, beside it.
+        batch = feed.draw(schedule.batch_size(done))
+        state, row = train_step(state, batch, schedule.at(done))
+        if ema:
+          ema.update(state.params)
+        log.add(done, row)
+        done += 1
+        if done % config.train.eval_every == 0 or done == last:
+          with log.pause():
+            log.extend(evaluate(state))
+        stop = interrupt.received
+        if done % config.train.save_every == 0 or done == last or stop:
+          log.flush()  # Raises on what is not finite: that is never saved.
+          with log.pause():
+            saver.save(state, feed.position, ema and ema.value())
+      saver.wait()
+    if stop:
+      say(f'{stop.name}: step {done} is saved; the same command goes on there')
+      raise SystemExit(128 + stop)
+    write_samples(workdir, model, state, corpus, config)
+    plots.draw(workdir)
+    _say_goodbye(workdir, done)
+
+
+def use_compilation_cache(config: config_lib.Config) -> None:
+  """Keeps compiled programs under `data.cache_dir`, unless JAX has a cache."""
+  if jax.config.jax_compilation_cache_dir is None:
+    path = pathlib.Path(config.data.cache_dir).expanduser() / 'xla'
+    jax.config.update('jax_compilation_cache_dir', str(path))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+
+
+class _Interrupt(contextlib.AbstractContextManager):
+  """Notes SIGTERM and SIGINT; a second one acts as if this were not here.
+
+  Attributes:
+    received: the signal, or None.
+  """
+
+  def __init__(self):
+    self.received: signal.Signals | None = None
+    self._before = {}
+    if threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGTERM, signal.SIGINT):
+        self._before[number] = signal.signal(number, self._note)
+
+  def _note(self, number, _):
+    self.received = signal.Signals(number)
+    say(f'{self.received.name}: saving after this step; again to quit at once')
+    self._restore()
+
+  def _restore(self):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def __exit__(self, *_):
+    self._restore()
+
+
+def _announce(config, workdir, base):
+  """The resolved config and what differs from the preset, before all else."""
+  leaves = [f'{k}={v!r}' for k, v in config_lib.leaves(config).items()]
+  say(textwrap.fill('  '.join(leaves), 80, break_on_hyphens=False))
+  changes = config_lib.diff(base, config) if base else {}
+  for name, (old, new) in changes.items():
+    say(f'changed from the preset: {name}: {old!r} -> {new!r}')
+  devices = jax.devices()
+  say(f'{workdir}: {len(devices)} x {devices[0].device_kind}')
+
+
+def _init_or_restore(model, tx, config, saver):
+  """(state, position in the data or None, EMA or None)."""
+  position = average = None
+
+  def init():
+    return step_lib.init_state(model, tx, config.train.seed)
+
+  if saver.latest_step() is None:
+    state = init()
+  else:
+    state, position, average = saver.restore(jax.eval_shape(init))
+    say(f'resuming after step {int(state.step)}')
+  n = sum(x.size for x in jax.tree.leaves(state.params))
+  say(f'{n:,} parameters')
+  if not config.optim.ema_decay:
+    return state, position, None
+  average = state.params if average is None else average
+  return state, position, ema_lib.HostEMA(average, config.optim.ema_decay)
+
+
+def _write_config(workdir, config):
+  text = json.dumps(config_lib.to_dict(config), indent=2) + '\n'
+  partial = workdir / '.config.json'  # Renamed: never half a file.
+  partial.write_text(text)
+  partial.replace(workdir / 'config.json')
+
+
+def _say_goodbye(workdir, done):
+  say(
+    f"""
+Trained {done} steps.  In {workdir}:
+  samples/{done}.txt   what the model writes
+  plots/         losses, bits per byte, expert load, MaxVio, schedules
+  metrics.jsonl  every number; tensorboard --logdir={workdir} shows them
+  checkpoints/   step {done} and the last before it
+Try next:
+  python -m experiments.generate --workdir={workdir} --prompt='import '
+  python -m experiments.eval --workdir={workdir}
+  python -m experiments.train --workdir={workdir}_aux \\
+    --model.moe.balance=aux_loss    # How does MaxVio change?"""
+  )

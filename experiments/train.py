@@ -1,0 +1,34 @@
+"""Trains a DeepSeek-V3, or any variation of it.
+
+    python -m experiments.train                        # quickstart, ~5 minutes
+    python -m experiments.train --preset=tiny --workdir=/tmp/tiny
+    python -m experiments.train --model.moe.balance=aux_loss --workdir=runs/aux
+
+The same command goes on where an interrupted run stopped.
+"""
+
+from absl import flags as absl_flags
+from absl import logging
+
+from deepseek_jax import flags
+
+_WORKDIR = absl_flags.DEFINE_string(
+  'workdir', None, 'Directory of the run (default: runs/<preset>).'
+)
+flags.define()
+
+
+def main() -> None:
+  """Runs the loop on the command line's config."""
+  if not absl_flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every detail.
+  config, base = flags.resolve()
+  workdir = _WORKDIR.value or f'runs/{absl_flags.FLAGS.preset}'
+  # After the flags are known to be right: JAX takes seconds to import.
+  from deepseek_jax.evaluation import run
+
+  run.train(config, workdir, base)
+
+
+if __name__ == '__main__':
+  flags.run(main)
