@@ -83,7 +83,9 @@ class MoE(nn.Module):
     bias = self.variable('router_state', 'bias', jnp.zeros, (E,), jnp.float32)
     logits = jnp.einsum('BTD,DE->BTE', x_BTD.astype(jnp.float32), gate_DE)
     logits = checkpoint_name(logits, 'routing')
-    return routing.route(logits, bias.value, c.moe)
+    route = routing.route(logits, bias.value, c.moe)
+    ids = checkpoint_name(route.expert_ids_TK, 'routing')
+    return route._replace(expert_ids_TK=ids)
 
   def _expert_weights(self, x_BTD):
     c = self.config

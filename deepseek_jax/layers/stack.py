@@ -6,17 +6,25 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+_policies = jax.checkpoint_policies
+
 # What the paper's selective policy keeps for the backward pass: inputs of
-# linears and of SwiGLU, attention's output, the router.  RMSNorms, the MLA
+# linears and of SwiGLU, attention's output, the routing.  RMSNorms, the MLA
 # up-projections and SwiGLU's output are computed again (V3 section 3.2.3).
-_SELECTIVE = jax.checkpoint_policies.save_only_these_names(
+_SELECTIVE = _policies.save_only_these_names(
   'q_latent',
   'kv_latent',
   'attn_out',
   'attn_lse',
   'routing',
-  'expert_rows',
   'ffn_up',
+)
+
+# Keeps every matmul's result and computes the cheap rest again, which is faster
+# than to store it and to read it back.
+_NO_MATMUL_TWICE = _policies.save_from_both_policies(
+  _policies.dots_with_no_batch_dims_saveable,
+  _policies.save_only_these_names('attn_out', 'attn_lse', 'routing', 'ffn_up'),
 )
 
 
@@ -33,13 +41,13 @@ def init_stacked(layer: nn.Module, rng: jax.Array, n_layers: int, *args) -> Any:
   return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: 'layers'})
 
 
-def rematerialised(apply, policy: str, index: int = 0):
+def rematerialised(apply, policy: str, index: int = 0, in_scan: bool = False):
   """`apply` under a policy; `index` is a layer's place in its group."""
-  if policy == 'full' or (policy == 'alternate' and index == 0):
-    return jax.checkpoint(apply)
-  if policy == 'selective':
-    return jax.checkpoint(apply, policy=_SELECTIVE)
-  return apply
+  if policy == 'alternate':
+    policy = 'none' if index else 'full'
+  saveable = {'none': _NO_MATMUL_TWICE, 'selective': _SELECTIVE, 'full': None}
+  # Only a loop keeps XLA from merging the two computations back into one.
+  return jax.checkpoint(apply, policy=saveable[policy], prevent_cse=not in_scan)
 
 
 def apply_stacked(
@@ -57,8 +65,8 @@ def apply_stacked(
     variables: its collections, every leaf with a leading [L].
     x_BTD: input of the first layer.
     *args: the same for every layer.
-    remat: 'none'; 'full': keep only each layer's input; 'alternate': full for
-      every other layer; 'selective': the paper's.
+    remat: 'none': no matmul is computed again; 'full': keep only each layer's
+      input; 'alternate': full for every other layer; 'selective': the paper's.
     scan: compile one layer and loop, rather than L copies; the same result.
 
   Returns:
@@ -67,26 +75,30 @@ def apply_stacked(
   n_layers = jax.tree.leaves(variables)[0].shape[0]
   group = 2 if remat == 'alternate' else 1
 
-  def run(x, layer_variables, index):
-    apply = rematerialised(layer.apply, remat, index % group)
+  def run(x, layer_variables, index, in_scan):
+    apply = rematerialised(layer.apply, remat, index, in_scan)
     return apply(layer_variables, x, *args)
 
   def run_group(x, group_variables):
     stats = []
-    for i in range(group):
-      x, s = run(x, jax.tree.map(lambda v: v[i], group_variables), i)  # noqa: B023
+    for i, layer_variables in enumerate(group_variables):
+      x, s = run(x, layer_variables, i, in_scan=True)
       stats.append(s)
     return x, jax.tree.map(lambda *s: jnp.stack(s), *stats)
 
   scanned = n_layers // group * group if scan and n_layers > group else 0
   collected = []
   if scanned:
-    grouped = jax.tree.map(
-      lambda v: v[:scanned].reshape(-1, group, *v.shape[1:]), variables
-    )
-    x_BTD, stats = jax.lax.scan(run_group, x_BTD, grouped)
+    # Each layer of a group is an input of its own: a slice taken in the body
+    # would be stacked once more as a residual of the backward pass.
+    groups = [
+      jax.tree.map(lambda v: v[i:scanned:group], variables)  # noqa: B023
+      for i in range(group)
+    ]
+    x_BTD, stats = jax.lax.scan(run_group, x_BTD, groups)
     collected.append(jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), stats))
   for i in range(scanned, n_layers):
-    x_BTD, stats = run(x_BTD, jax.tree.map(lambda v: v[i], variables), i)  # noqa: B023
+    one = jax.tree.map(lambda v: v[i], variables)  # noqa: B023
+    x_BTD, stats = run(x_BTD, one, i % group, in_scan=False)
     collected.append(jax.tree.map(lambda s: s[None], stats))
   return x_BTD, jax.tree.map(lambda *s: jnp.concatenate(s), *collected)

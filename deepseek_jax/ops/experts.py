@@ -36,11 +36,11 @@ def sort_by_expert(expert_ids_TK: jax.Array, n_experts: int) -> Permutation:
   order = jnp.argsort(flat, stable=True).astype(jnp.int32)
   rows = jnp.arange(flat.size, dtype=jnp.int32)
   inverse = jnp.zeros_like(rows).at[order].set(rows, unique_indices=True)
-  ends = jnp.searchsorted(
-    flat[order], jnp.arange(n_experts, dtype=flat.dtype), side='right'
-  ).astype(jnp.int32)
-  sizes = jnp.diff(ends, prepend=0)
-  return Permutation(order, inverse.reshape(expert_ids_TK.shape), sizes)
+  sizes = (flat[:, None] == jnp.arange(n_experts)).sum(0, dtype=jnp.int32)
+  inverse = inverse.reshape(expert_ids_TK.shape)
+  return jax.tree.map(
+    lambda x: checkpoint_name(x, 'routing'), Permutation(order, inverse, sizes)
+  )
 
 
 @jax.custom_vjp
@@ -105,7 +105,7 @@ def _make_blocks(group_sizes_E: jax.Array, n_rows: int) -> _Blocks:
   blocks_E = -(-group_sizes_E // _BLOCK)
   last_E = jnp.cumsum(blocks_E)
   index = jnp.arange(n_rows // _BLOCK + E, dtype=jnp.int32)
-  expert = jnp.searchsorted(last_E, index, side='right').astype(jnp.int32)
+  expert = (index[:, None] >= last_E).sum(1, dtype=jnp.int32)
   expert = jnp.minimum(expert, E - 1)
   ends_E = jnp.cumsum(group_sizes_E)
   within = index - (last_E - blocks_E)[expert]
@@ -219,7 +219,7 @@ def expert_ffn(
   """
   permutation = sort_by_expert(expert_ids_TK, w1_EDF.shape[0])
   sizes = permutation.group_sizes_E
-  rows_RD = checkpoint_name(permute(x_TD, permutation), 'expert_rows')
+  rows_RD = permute(x_TD, permutation)
   gates_R = weights_TK.reshape(-1)[permutation.row_to_flat_R]
   gate_RF = checkpoint_name(grouped_matmul(rows_RD, w1_EDF, sizes), 'ffn_up')
   up_RF = checkpoint_name(grouped_matmul(rows_RD, w3_EDF, sizes), 'ffn_up')
