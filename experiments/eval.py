@@ -1,0 +1,61 @@
+"""Validation loss, bits per byte and MTP acceptance of a trained model.
+
+    python -m experiments.eval                             # runs/quickstart
+    python -m experiments.eval --workdir=runs/aux --ema --batches=0
+
+Reads the newest checkpoint, also while the run goes on.  The last line of the
+output is JSON.
+"""
+
+import json
+import pathlib
+
+from absl import flags as absl_flags
+from absl import logging
+
+from deepseek_jax import config as config_lib
+from deepseek_jax import flags
+
+_WORKDIR = absl_flags.DEFINE_string(
+  'workdir', 'runs/quickstart', 'Directory of the run.'
+)
+_EMA = absl_flags.DEFINE_bool('ema', False, 'Use the averaged parameters.')
+_BATCHES = absl_flags.DEFINE_integer(
+  'batches',
+  None,
+  'Validation batches; 0: all (default: train.eval_batches of the run).',
+  lower_bound=0,
+)
+
+
+def main() -> None:
+  """Prints a line for each result, then all of them as JSON."""
+  logging.set_verbosity(logging.WARNING)  # Orbax tells every detail.
+  workdir = pathlib.Path(_WORKDIR.value).expanduser()
+  if not workdir.is_dir():
+    raise ValueError(f'--workdir={workdir}: no such directory')
+  from deepseek_jax.data import pipeline
+  from deepseek_jax.evaluation import run
+  from deepseek_jax.training import checkpoint, loop, state
+  from deepseek_jax.training import step as step_lib
+
+  config, variables, step = checkpoint.load_for_inference(workdir, _EMA.value)
+  if _BATCHES.value is not None:
+    config = config_lib.replace(config, {'train.eval_batches': _BATCHES.value})
+  loop.use_compilation_cache(config)
+  corpus = pipeline.load(config.data, config.model.vocab_size)
+  model = step_lib.build_model(config)
+  evaluate = run.make_evaluate(model, config, corpus)
+  trained = state.TrainState(step=step, opt_state={}, **variables)
+  results = {'step': step, 'ema': _EMA.value, **evaluate(trained)}
+  for name, value in results.items():
+    print(
+      f'{name:24}{value:10.4f}'
+      if type(value) is float
+      else f'{name:24}{value!s:>10}'
+    )
+  print(json.dumps(results))
+
+
+if __name__ == '__main__':
+  flags.run(main)
