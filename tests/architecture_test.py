@@ -23,7 +23,10 @@ _MAY_IMPORT = {
   'models': ('models', 'layers', 'kernels', 'ops', 'config',
              'parallel.sharding', 'parallel.expert'),
   'data': ('data', 'config'),
-  'training': ('training', 'models', 'parallel', 'ops', 'data', 'config'),
+  'training': (
+    'training', 'models', 'layers', 'parallel', 'ops', 'data', 'config',
+    'planner',
+  ),
   'inference': ('inference', 'models', 'parallel', 'ops', 'config'),
   'evaluation': ('evaluation', 'inference', 'training', 'data', 'config',
                  'models', 'ops'),

@@ -1,19 +1,78 @@
-"""How a parameter is made: initialiser, logical axes, float32 storage."""
+"""How a parameter is declared, and how all of them get their first values."""
+
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
+import flax.struct
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 
-def normal(std: float, *axes: str | None):
+@flax.struct.dataclass
+class Parameter(nn.LogicallyPartitioned):
+  """A float32 array with its logical axis names and its initialiser.
+
+  Attributes:
+    std: of the normal distribution it starts from; 0 stands for ones.
+  """
+
+  std: float = flax.struct.field(default=0.0, pytree_node=False)
+
+
+def normal(std: float, *axes: str | None) -> Callable[..., Parameter]:
   """N(0, std^2) with logical axis names, for `Module.param`."""
-  return nn.with_logical_partitioning(nn.initializers.normal(std), axes)
+
+  def init(rng, shape, dtype):
+    value = std * jax.random.normal(rng, shape, dtype)
+    return Parameter(value, names=axes, std=std)
+
+  return init
 
 
-def ones(*axes: str | None):
-  """Ones with logical axis names: the scale of a norm."""
-  return nn.with_logical_partitioning(nn.initializers.ones, axes)
+def norm_scale(module: nn.Module, name: str, dim: int) -> jax.Array:
+  """Declares the float32 scale of an RMSNorm, [dim], which starts at one."""
+
+  def init(_, shape, dtype):
+    return Parameter(jnp.ones(shape, dtype), names=(None,))
+
+  return module.param(name, init, (dim,), jnp.float32)
 
 
-def norm_scale(module: nn.Module, name: str, dim: int):
-  """Declares the float32 scale of an RMSNorm: [dim]."""
-  return module.param(name, ones(None), (dim,), jnp.float32)
+def materialise(abstract: Any, seed: int) -> Any:
+  """Draws the declared parameters on the host, without compiling anything.
+
+  Compiling `Module.init` takes longer than compiling the train step.  Each
+  matrix, of each layer and expert, has a random stream of its own, named by
+  seed, path and index: what it holds depends on nothing else.
+
+  Args:
+    abstract: `jax.eval_shape` of `Module.init`: `Parameter`s of shapes, and
+      unboxed shapes (the router biases), which start at zero.
+    seed: of the run.
+
+  Returns:
+    The tree of arrays, unboxed.
+  """
+
+  def draw(path, leaf):
+    if not isinstance(leaf, Parameter):
+      return jnp.asarray(np.zeros(leaf.shape, leaf.dtype))
+    shape = leaf.value.shape
+    if not leaf.std:
+      return jnp.asarray(np.ones(shape, np.float32))
+    stacked = sum(name in ('layers', 'experts') for name in leaf.names)
+    name = zlib.crc32(jax.tree_util.keystr(path).encode())
+    flat = np.empty((math.prod(shape[:stacked]), *shape[stacked:]), np.float32)
+    for i, matrix in enumerate(flat):
+      rng = np.random.default_rng([seed, name, i])
+      rng.standard_normal(out=matrix, dtype=np.float32)
+      matrix *= leaf.std
+    return jnp.asarray(flat.reshape(shape))
+
+  return jax.tree_util.tree_map_with_path(
+    draw, abstract, is_leaf=lambda x: isinstance(x, Parameter)
+  )

@@ -159,14 +159,11 @@ def _announce(config, workdir, base):
 def _init_or_restore(model, tx, config, saver):
   """(state, position in the data or None, EMA or None)."""
   position = average = None
-
-  def init():
-    return step_lib.init_state(model, tx, config.train.seed)
-
   if saver.latest_step() is None:
-    state = init()
+    state = step_lib.init_state(model, tx, config.train.seed)
   else:
-    state, position, average = saver.restore(jax.eval_shape(init))
+    like = step_lib.abstract_state(model, tx)
+    state, position, average = saver.restore(like)
     say(f'resuming after step {int(state.step)}')
   n = sum(x.size for x in jax.tree.leaves(state.params))
   say(f'{n:,} parameters')

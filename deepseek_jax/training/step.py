@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from deepseek_jax.config import Config
+from deepseek_jax.layers import params as params_lib
 from deepseek_jax.models import deepseek
 from deepseek_jax.ops import losses, routing
 from deepseek_jax.training import optimizer
@@ -42,11 +44,35 @@ def build_model(config: Config) -> deepseek.Transformer:
   )
 
 
+def declare(model: deepseek.Transformer) -> dict[str, Any]:
+  """The collections as shapes, with their axis names and initialisers."""
+  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
+  return {'router_state': {}, **shapes}
+
+
 def init_variables(model: deepseek.Transformer, seed: int) -> dict[str, Any]:
   """Fresh `params` and `router_state` (empty without routed experts)."""
-  tokens = jnp.zeros((1, 1), jnp.int32)
-  variables = nn.meta.unbox(jax.jit(model.init)(jax.random.key(seed), tokens))
-  return {'router_state': {}, **variables}
+  return params_lib.materialise(declare(model), seed)
+
+
+def _state(variables, opt_state) -> TrainState:
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=variables['params'],
+    router_state=variables['router_state'],
+    opt_state=opt_state,
+  )
+
+
+def abstract_state(
+  model: deepseek.Transformer, tx: optax.GradientTransformationExtraArgs
+) -> TrainState:
+  """The shapes and dtypes of `init_state`."""
+  variables = nn.meta.unbox(declare(model))
+  opt_state = jax.eval_shape(tx.init, variables['params'])
+  state = _state(variables, opt_state)
+  return state.replace(step=jax.ShapeDtypeStruct((), jnp.int32))
 
 
 def init_state(
@@ -56,12 +82,12 @@ def init_state(
 ) -> TrainState:
   """The state before the first step."""
   variables = init_variables(model, seed)
-  return TrainState(
-    step=jnp.zeros((), jnp.int32),
-    params=variables['params'],
-    router_state=variables['router_state'],
-    opt_state=jax.jit(tx.init)(variables['params']),
+  # AdamW's state is zeros; to compile that costs more than the zeros.
+  opt_state = jax.tree.map(
+    lambda x: jnp.asarray(np.zeros(x.shape, x.dtype)),
+    jax.eval_shape(tx.init, variables['params']),
   )
+  return _state(variables, opt_state)
 
 
 def target_weights(segments: jax.Array, k: int, crosses: bool) -> jax.Array:

@@ -11,6 +11,7 @@ import numpy as np
 from absl import logging
 
 from deepseek_jax import config as config_lib
+from deepseek_jax.planner import flops
 from deepseek_jax.training import metrics, progress, schedules, throughput
 from deepseek_jax.training import state as state_lib
 
@@ -46,7 +47,7 @@ class StepLog(contextlib.AbstractContextManager):
     self._written = self._first - 1
     self._clock = throughput.Clock()
     self._peak = throughput.peak_flops(jax.local_devices()[0])
-    self._flops = throughput.train_flops_per_token(state.params, config)
+    self._flops = flops.train_per_token(config.model, config.data.seq_len)
     with contextlib.ExitStack() as stack:
       self._writer = stack.enter_context(metrics.Writer(workdir, self._first))
       total = max(self._first, config.train.steps)

@@ -1,0 +1,180 @@
+"""Speed and memory beside `transformers`, measured alternately in one run.
+
+    python -m experiments.bench                       # bench_cpu
+    python -m experiments.bench --suite=remat         # recomputation policies
+    python -m experiments.bench --preset=tiny --rounds=2
+
+Prints ratios: other work on the machine slows both sides of each.
+"""
+
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+
+from absl import flags as absl_flags
+
+from deepseek_jax import config as config_lib
+from deepseek_jax import flags, presets
+from deepseek_jax.planner import flops as flops_lib
+
+_SUITE = absl_flags.DEFINE_enum(
+  'suite', 'train', ['train', 'remat'], 'What is compared.'
+)
+_ROUNDS = absl_flags.DEFINE_integer(
+  'rounds', 5, 'Timed rounds after one of warm-up.', lower_bound=1
+)
+_AGAINST = absl_flags.DEFINE_list(
+  'against',
+  ['transformers:grouped_mm:sdpa', 'transformers:eager:sdpa'],
+  'Implementations to compare with; see bench_worker.py.',
+)
+flags.define(default_preset='bench_cpu')
+
+OURS = 'deepseek_jax'
+
+
+class Worker:
+  """A process that runs one implementation."""
+
+  def __init__(self, name: str, options: dict):
+    command = [sys.executable, '-m', 'experiments.bench_worker', name]
+    self.name = name
+    self._process = subprocess.Popen(
+      [*command, json.dumps(options)],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    self.build = self._answer()['seconds']
+
+  def run(self, task: str) -> dict:
+    """Runs one task and returns what it measured."""
+    self._process.stdin.write(task + '\n')
+    self._process.stdin.flush()
+    return self._answer()
+
+  def _answer(self) -> dict:
+    line = self._process.stdout.readline()
+    if not line:
+      raise ValueError(f'{self.name} failed; its messages are above')
+    return json.loads(line)
+
+  def close(self) -> None:
+    """Ends the process."""
+    self._process.stdin.close()
+    self._process.wait()
+
+
+def measure(workers: list[Worker], rounds: int) -> dict[str, dict]:
+  """Medians of `rounds` alternating rounds, per worker and task."""
+  tasks = ('train', 'forward', 'matmul')
+  first = {w.name: w.build + w.run('train')['seconds'] for w in workers}
+  seconds = {w.name: {t: [] for t in tasks} for w in workers}
+  for i in range(rounds + 1):
+    for task in tasks:
+      for worker in workers:
+        elapsed = worker.run(task)['seconds']
+        if i:
+          seconds[worker.name][task].append(elapsed)
+  return {
+    w.name: {
+      'first_step': first[w.name],
+      **{t: statistics.median(s) for t, s in seconds[w.name].items()},
+      **w.run('memory'),
+    }
+    for w in workers
+  }
+
+
+def _table(results: dict[str, dict], config: config_lib.Config) -> str:
+  tokens = config.data.batch_size * config.data.seq_len
+  flops = flops_lib.train_per_token(config.model, config.data.seq_len) * tokens
+  # The side of the product is that of bench_worker.
+  rate = max(2 * 2048**3 / r['matmul'] for r in results.values())
+  ours = results[OURS]
+  lines = [
+    f'matmul rate of this machine in this run: {rate / 1e9:.0f} GFLOP/s',
+    f'{flops / 1e9:.0f} GFLOP per training step of {tokens} tokens',
+    '| | train tokens/s | share of matmul rate | forward tokens/s | '
+    'share | peak GB | first step s |',
+    '|---|---|---|---|---|---|---|',
+  ]
+  for name, r in results.items():
+    lines.append(
+      f'| {name} | {tokens / r["train"]:.0f} '
+      f'| {flops / r["train"] / rate:.0%} | {tokens / r["forward"]:.0f} '
+      f'| {flops / 3 / r["forward"] / rate:.0%} '
+      f'| {r["peak_bytes"] / 1e9:.2f} | {r["first_step"]:.1f} |'
+    )
+  others = [r for name, r in results.items() if name != OURS]
+  if others:
+    for task in ('train', 'forward'):
+      ratio = min(r[task] for r in others) / ours[task]
+      lines.append(f'{task}: {ratio:.2f} times the faster of the others')
+    ratio = ours['peak_bytes'] / min(r['peak_bytes'] for r in others)
+    lines.append(f'peak memory: {ratio:.2f} times the smaller of the others')
+  return '\n'.join(lines)
+
+
+def _remat_table(config: config_lib.Config) -> str:
+  """Bytes and FLOPs of the compiled step under each recomputation policy."""
+  import jax
+  import numpy as np
+
+  from deepseek_jax.training import loop, optimizer, schedules, step
+
+  loop.use_compilation_cache(config)
+  lines = ['| remat | temporary MB | GFLOP | x none |', '|---|---|---|---|']
+  base = None
+  for policy in config_lib.REMATS:
+    varied = config_lib.replace(config, {'train.remat': policy})
+    model = step.build_model(varied)
+    tx = optimizer.adamw(varied.optim, varied.precision)
+    state = step.abstract_state(model, tx)
+    A = varied.data.batch_size // varied.micro_batch_size
+    shape = (A, varied.micro_batch_size, varied.data.seq_len + 1)
+    tokens = jax.ShapeDtypeStruct(shape, np.int32)
+    compiled = (
+      step.make_train_step(model, varied, tx)
+      .lower(
+        state,
+        {'tokens': tokens, 'segments': tokens},
+        schedules.Schedule(varied).at(0),
+      )
+      .compile()
+    )
+    memory = compiled.memory_analysis().temp_size_in_bytes
+    base = base or memory
+    flops = compiled.cost_analysis()['flops']
+    lines.append(
+      f'| {policy} | {memory / 1e6:.0f} | {flops / 1e9:.0f} '
+      f'| {memory / base:.2f} |'
+    )
+  return '\n'.join(lines)
+
+
+def main() -> None:
+  """Runs the suite on the command line's config and prints its table."""
+  config, _ = flags.resolve()
+  if _SUITE.value == 'remat':
+    print(_remat_table(config))
+    return
+  preset = absl_flags.FLAGS.preset
+  updates = config_lib.diff(presets.PRESETS[preset](), config)
+  options = {
+    'preset': preset,
+    'updates': {name: new for name, (_, new) in updates.items()},
+  }
+  with contextlib.ExitStack() as stack:
+    workers = []
+    for name in [OURS, *_AGAINST.value]:
+      workers.append(Worker(name, options))
+      stack.callback(workers[-1].close)
+    results = measure(workers, _ROUNDS.value)
+  print(_table(results, config))
+
+
+if __name__ == '__main__':
+  flags.run(main)

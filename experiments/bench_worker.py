@@ -1,0 +1,208 @@
+"""One implementation under test, in a process of its own.
+
+`bench.py` starts one worker per implementation and tells them in turn, over
+stdin and stdout, to run: timings alternate, and peak memory is the process's.
+
+    python -m experiments.bench_worker NAME '{"preset": "bench_cpu", ...}'
+
+Each line of stdin names a task; the answer is one JSON line of seconds.  NAME
+is `deepseek_jax` or `transformers:EXPERTS:ATTENTION`, e.g.
+`transformers:grouped_mm:sdpa`.
+"""
+
+import json
+import resource
+import sys
+import time
+
+import numpy as np
+
+from deepseek_jax import config as config_lib
+from deepseek_jax import presets
+
+# The side of the square float32 product that measures a machine's own rate.
+_MATMUL = 2048
+
+
+def _tokens(config: config_lib.Config, seed: int) -> np.ndarray:
+  shape = (config.data.batch_size, config.data.seq_len + 1)
+  rng = np.random.default_rng(seed)
+  return rng.integers(0, config.model.vocab_size, shape).astype(np.int32)
+
+
+class JaxWorker:
+  """This repository: `make_train_step` and the jitted forward."""
+
+  def __init__(self, config: config_lib.Config):
+    import jax
+
+    from deepseek_jax.training import loop, optimizer, schedules, step
+
+    loop.use_compilation_cache(config)
+    self._jax, self._config, self._count = jax, config, 0
+    self._model = step.build_model(config)
+    tx = optimizer.adamw(config.optim, config.precision)
+    self._state = step.init_state(self._model, tx, 0)
+    self._step = step.make_train_step(self._model, config, tx)
+    self._hyper = schedules.Schedule(config).at
+    self._forward = jax.jit(
+      lambda params, state, tokens: self._model.apply(
+        {'params': params, 'router_state': state}, tokens, method='logits'
+      )
+    )
+
+  def train(self) -> None:
+    """One optimizer step."""
+    tokens = _tokens(self._config, self._count)[None]
+    batch = {'tokens': tokens, 'segments': np.ones_like(tokens)}
+    self._state, metrics = self._step(
+      self._state, batch, self._hyper(self._count)
+    )
+    self._count += 1
+    if not np.isfinite(float(metrics['loss'])):
+      raise FloatingPointError('the benchmark diverged')
+
+  def forward(self) -> None:
+    """Logits of one batch."""
+    state = self._state
+    tokens = _tokens(self._config, 0)[:, :-1]
+    self._jax.block_until_ready(
+      self._forward(state.params, state.router_state, tokens)
+    )
+
+  def matmul(self) -> None:
+    """A large float32 product."""
+    x = self._jax.numpy.ones((_MATMUL, _MATMUL))
+    self._jax.block_until_ready(x @ x)
+
+  def memory(self) -> dict[str, float]:
+    """Bytes that the compiled step needs, and the process's peak."""
+    stats = self._jax.local_devices()[0].memory_stats() or {}
+    return {'peak_bytes': stats.get('peak_bytes_in_use', _peak_rss())}
+
+
+class TorchWorker:
+  """`transformers`, in float32 on the CPU (or the GPU, where there is one)."""
+
+  def __init__(self, config: config_lib.Config, experts: str, attention: str):
+    import torch
+    import transformers
+
+    self._torch, self._config, self._count = torch, config, 0
+    self._device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    torch.manual_seed(0)
+    hf = transformers.DeepseekV3Config(**_hf_fields(config.model))
+    hf._attn_implementation = attention
+    hf._experts_implementation = experts
+    with self._torch.device(self._device):
+      self._model = transformers.DeepseekV3ForCausalLM(hf)
+    o = config.optim
+    self._optimizer = torch.optim.AdamW(
+      self._model.parameters(),
+      lr=1e-4,
+      betas=(o.b1, o.b2),
+      eps=o.eps,
+      weight_decay=o.weight_decay,
+      fused=True,
+    )
+
+  def _batch(self, seed):
+    tokens = _tokens(self._config, seed).astype(np.int64)
+    return self._torch.from_numpy(tokens).to(self._device)
+
+  def train(self) -> None:
+    """One optimizer step: forward, backward, clip, AdamW."""
+    tokens = self._batch(self._count)
+    self._count += 1
+    logits = self._model(tokens[:, :-1], use_cache=False).logits
+    loss = self._torch.nn.functional.cross_entropy(
+      logits.flatten(0, 1), tokens[:, 1:].flatten()
+    )
+    self._optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    self._torch.nn.utils.clip_grad_norm_(
+      self._model.parameters(), self._config.optim.clip_norm
+    )
+    self._optimizer.step()
+    if not np.isfinite(loss.item()):
+      raise FloatingPointError('the benchmark diverged')
+
+  def forward(self) -> None:
+    """Logits of one batch."""
+    with self._torch.inference_mode():
+      logits = self._model(self._batch(0)[:, :-1], use_cache=False).logits
+      logits[0, 0, 0].item()
+
+  def matmul(self) -> None:
+    """A large float32 product."""
+    x = self._torch.ones(_MATMUL, _MATMUL, device=self._device)
+    (x @ x)[0, 0].item()
+
+  def memory(self) -> dict[str, float]:
+    """The process's peak."""
+    if self._device == 'cuda':
+      return {'peak_bytes': self._torch.cuda.max_memory_allocated()}
+    return {'peak_bytes': _peak_rss()}
+
+
+def _peak_rss() -> int:
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _hf_fields(c: config_lib.ModelConfig) -> dict:
+  """Hugging Face's names for an unscaled-RoPE V3 architecture."""
+  return {
+    'vocab_size': c.vocab_size,
+    'hidden_size': c.dim,
+    'intermediate_size': c.inter_dim,
+    'moe_intermediate_size': c.moe.moe_inter_dim,
+    'num_hidden_layers': c.n_layers,
+    'first_k_dense_replace': c.n_first_dense,
+    'num_attention_heads': c.n_heads,
+    'num_key_value_heads': c.n_heads,
+    'n_shared_experts': c.moe.n_shared_experts,
+    'n_routed_experts': c.moe.n_routed_experts,
+    'num_experts_per_tok': c.moe.n_activated_experts,
+    'n_group': c.moe.n_expert_groups,
+    'topk_group': c.moe.n_limited_groups,
+    'norm_topk_prob': c.moe.norm_topk,
+    'routed_scaling_factor': c.moe.route_scale,
+    'q_lora_rank': c.mla.q_lora_rank,
+    'kv_lora_rank': c.mla.kv_lora_rank,
+    'qk_nope_head_dim': c.mla.qk_nope_head_dim,
+    'qk_rope_head_dim': c.mla.qk_rope_head_dim,
+    'v_head_dim': c.mla.v_head_dim,
+    'rms_norm_eps': c.norm_eps,
+    'initializer_range': c.init_std,
+    'tie_word_embeddings': c.tie_embeddings,
+    'max_position_embeddings': c.rope.original_seq_len,
+    'rope_parameters': {'rope_type': 'default', 'rope_theta': c.rope.theta},
+  }
+
+
+def _build(name: str, options: dict):
+  config = presets.PRESETS[options['preset']]()
+  config = config_lib.replace(config, options['updates'])
+  if name == 'deepseek_jax':
+    return JaxWorker(config)
+  _, experts, attention = name.split(':')
+  return TorchWorker(config, experts, attention)
+
+
+def main() -> None:
+  """Builds the implementation, then serves tasks until stdin ends."""
+  started = time.perf_counter()
+  answers, sys.stdout = sys.stdout, sys.stderr  # Libraries may print.
+  worker = _build(sys.argv[1], json.loads(sys.argv[2]))
+  print(json.dumps({'seconds': time.perf_counter() - started}), file=answers)
+  answers.flush()
+  for line in sys.stdin:
+    started = time.perf_counter()
+    result = getattr(worker, line.strip())() or {}
+    seconds = time.perf_counter() - started
+    print(json.dumps({'seconds': seconds, **result}), file=answers)
+    answers.flush()
+
+
+if __name__ == '__main__':
+  main()
