@@ -1,4 +1,4 @@
-"""Packaging of deepseek_jax: `pip install -e .` or `pip install -e '.[test]'`."""
+"""Packaging: `pip install -e .`, or with extras, `-e '.[test]'`."""
 
 import pathlib
 import re
