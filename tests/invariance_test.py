@@ -1,0 +1,253 @@
+"""What must not change loss, gradients or bias, and what may not leak."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl.testing import absltest, parameterized
+
+from deepseek_jax import config as config_lib
+from deepseek_jax import presets
+from deepseek_jax.models import deepseek
+from deepseek_jax.training import optimizer, schedules, step
+from deepseek_jax.training.state import TrainState
+from tests import tolerances
+from tests.parity_test import draw
+
+_LENGTH = 17
+_HYPER = schedules.Hyper(lr=1e-3, gamma=0.01, alpha=0.1, mtp_weight=0.3)
+
+
+def _config(**changes):
+  """Three MoE layers, MTP, documents; `changes` are leaves, '__' for dots."""
+  changes = {name.replace('__', '.'): v for name, v in changes.items()}
+  base = {
+    'model.n_layers': 4,
+    'data.mask_documents': True,
+    'optim.z_loss': 0.01,
+  }
+  return config_lib.replace(presets.tiny(), {**base, **changes})
+
+
+# Keeps the gradients, as they are, where an optimizer keeps its moments.
+_KEEP = optax.GradientTransformationExtraArgs(
+  lambda params: jax.tree.map(jnp.zeros_like, params),
+  lambda grads, _, params, *, lr: (jax.tree.map(jnp.zeros_like, params), grads),
+)
+
+
+@functools.cache
+def _step(config):
+  return step.make_train_step(step.build_model(config), config, _KEEP)
+
+
+@functools.cache
+def _variables(model_config):
+  return draw(model_config, (-1.0, 0.3))
+
+
+def _run(config, batch, hyper=_HYPER):
+  """(losses and counts, gradients, biases) of one step on [B, T + 1]."""
+  params, state = jax.tree.map(jnp.array, _variables(config.model))
+  state = TrainState(jnp.int32(0), params, state, _KEEP.init(params))
+  size = config.train.micro_batch_size or batch['tokens'].shape[0]
+  cut = jax.tree.map(lambda x: x.reshape(-1, size, x.shape[-1]), batch)
+  new, metrics = _step(config)(state, cut, hyper)
+  names = [n for n in metrics if n.endswith('loss')]
+  report = {n: metrics[n] for n in [*names, 'counts', 'dropped', 'grad_norm']}
+  return report, new.opt_state, new.router_state
+
+
+def _batch():
+  """Rows of several documents, with very different amounts of padding.
+
+  The last column is padding: in a longer row a token there, here only a target,
+  would be an input as well, and rightly counted.
+  """
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(512, size=(4, _LENGTH + 1)).astype(np.int32)
+  ends = ((5, 11, 17), (17,), (3, 4, 9), (2,))
+  segments = np.zeros_like(tokens)
+  for row, bounds in zip(segments, ends):
+    for i, (a, b) in enumerate(zip((0, *bounds), bounds)):
+      row[a:b] = i + 1
+  return {'tokens': tokens, 'segments': segments}
+
+
+def _assert_same(actual, expected, rung=tolerances.COMPONENT_PARITY):
+  for a, e, name in zip(actual, expected, ('losses', 'gradients', 'biases')):
+    tolerances.assert_close(a, e, rung, name)
+
+
+@functools.cache
+def _baseline():
+  return _run(_config(), _batch())
+
+
+class StepTest(parameterized.TestCase):
+  def test_the_baseline_has_something_to_lose(self):
+    report, grads, biases = _baseline()
+    for name in ('loss', 'mtp_1_loss', 'balance_loss'):
+      self.assertGreater(report[name], 0.1, name)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+      self.assertGreater(jnp.abs(grad).max(), 0, path)
+    before = _variables(_config().model)[1]
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), biases, before)
+    tolerances.assert_close(
+      moved, jax.tree.map(lambda _: 0.01, moved), tolerances.DEEP_MODEL
+    )
+
+  def test_accumulation(self):
+    config = _config(train__micro_batch_size=1)
+    _assert_same(_run(config, _batch()), _baseline())
+
+  def test_order_of_the_batch(self):
+    batch = jax.tree.map(lambda x: x[[2, 0, 3, 1]], _batch())
+    _assert_same(_run(_config(), batch), _baseline())
+
+  @parameterized.parameters(
+    ('none', False),
+    ('full', True),
+    ('alternate', True),
+    ('selective', True),
+  )
+  def test_recomputation_and_scan(self, remat, scan):
+    """Three MoE layers: `alternate` has a pair and one left over."""
+    config = _config(train__remat=remat, train__scan_layers=scan)
+    _assert_same(_run(config, _batch()), _baseline())
+
+  def test_padding(self):
+    """Longer rows, a row of nothing, other ids in the padding."""
+    batch = _batch()
+    rng = np.random.default_rng(9)
+    noise = rng.integers(512, size=(5, _LENGTH + 8)).astype(np.int32)
+    segments = np.zeros_like(noise)
+    segments[:4, : _LENGTH + 1] = batch['segments']
+    noise[:4, : _LENGTH + 1] = np.where(
+      batch['segments'] > 0, batch['tokens'], noise[:4, : _LENGTH + 1]
+    )
+    longer = {'tokens': noise, 'segments': segments}
+    _assert_same(_run(_config(), longer), _baseline())
+
+  def test_packed_documents_are_separate_documents(self):
+    """All but the balance loss, which is a mean over rows by definition."""
+    hyper = _HYPER._replace(alpha=0.0)
+    packed, separate = _batch(), {'tokens': [], 'segments': []}
+    for tokens, segments in zip(packed['tokens'], packed['segments']):
+      for document in range(1, segments.max() + 1):
+        own = segments == document
+        for name, x in (('tokens', tokens[own]), ('segments', own[own])):
+          separate[name].append(np.pad(x, (0, _LENGTH + 1 - own.sum())))
+    separate = {n: np.array(x, np.int32) for n, x in separate.items()}
+    a, e = (_run(_config(), batch, hyper) for batch in (separate, packed))
+    for report in (a[0], e[0]):
+      report.pop('balance_loss')
+    _assert_same(a, e)
+
+  def test_v2_with_capacity(self):
+    """Dropping is per row: neither cut, nor order, nor padding changes it."""
+    changes = {
+      'model__moe__capacity_factor': 1.0,
+      'model__moe__score_func': 'softmax',
+      'model__moe__group_score': 'max',
+      'model__moe__norm_topk': False,
+      'model__moe__balance': 'aux_loss',
+      'model__moe__aux_loss': 'expert',
+    }
+    expected = _run(_config(**changes), _batch())
+    self.assertGreater(expected[0]['dropped'], 0)
+    longer = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, 3))), _batch())
+    shuffled = jax.tree.map(lambda x: x[[3, 1, 0, 2]], longer)
+    config = _config(train__micro_batch_size=2, **changes)
+    _assert_same(_run(config, shuffled), expected)
+
+
+class WeightsTest(parameterized.TestCase):
+  @parameterized.product(k=(0, 1, 2, 3, 15), crosses=(True, False))
+  def test_targets_end_with_the_document(self, k, crosses):
+    segments = _batch()['segments'][:, :-1]
+    actual = step.target_weights(jnp.asarray(segments), k, crosses)
+    expected = np.zeros((4, _LENGTH - 1))
+    for b in range(4):
+      for i in range(_LENGTH - 1):
+        j = i + 1 + k
+        if j < _LENGTH and segments[b, i] and segments[b, j]:
+          same = segments[b, i] == segments[b, j]
+          expected[b, i] = crosses or same
+    np.testing.assert_array_equal(actual, expected)
+
+
+class LeakTest(parameterized.TestCase):
+  def test_no_head_sees_the_future(self):
+    """Head k at position i has read tokens up to i + k."""
+    config = _config(model__n_mtp_layers=2).model
+    params, state = _variables(config)
+    variables = {'params': params, 'router_state': state}
+    apply = jax.jit(deepseek.Transformer(config).apply)
+    tokens = _batch()['tokens'][:1]
+    for t in (0, 9, _LENGTH):
+      changed = tokens.copy()
+      changed[0, t] = (changed[0, t] + 1) % config.vocab_size
+      outputs = [apply(variables, x) for x in (tokens, changed)]
+      heads = [(o.hidden_BTD, *o.mtp_hidden) for o in outputs]
+      for k, (a, b) in enumerate(zip(*heads)):
+        first = max(t - k, 0)
+        tolerances.assert_close(
+          a[:, :first], b[:, :first], tolerances.FLOAT32_MATH, f'head {k}'
+        )
+        # And does see the token itself.
+        difference = np.abs(a[0, first] - b[0, first]).max()
+        self.assertGreater(difference, 1e-2, f'head {k} at {t}')
+
+  def test_documents_do_not_see_each_other(self):
+    config = _config().model
+    params, state = _variables(config)
+    batch = _batch()
+    tokens, segments = (x[:1] for x in (batch['tokens'], batch['segments']))
+    other = np.where(segments == 2, tokens, (tokens + 7) % config.vocab_size)
+    for masked in (True, False):
+      model = deepseek.Transformer(config, mask_documents=masked)
+      apply = jax.jit(model.apply)
+      heads = []
+      for x in (tokens, other):
+        o = apply({'params': params, 'router_state': state}, x, segments)
+        heads.append((o.hidden_BTD, *o.mtp_hidden))
+      for k, (a, b) in enumerate(zip(*heads)):
+        own = slice(5, 11 - k)  # Document 2, as far as head k predicts in it.
+        if masked:
+          tolerances.assert_close(
+            a[0, own], b[0, own], tolerances.COMPONENT_PARITY, f'head {k}'
+          )
+        else:  # The paper's setting: a packed row is one context.
+          self.assertGreater(np.abs(a[0, own] - b[0, own]).max(), 1e-2)
+
+
+class SeedTest(parameterized.TestCase):
+  def test_a_seed_reproduces_a_run_bitwise(self):
+    config = dataclasses.replace(
+      _config(), precision=config_lib.PrecisionConfig('float32')
+    )
+    model = step.build_model(config)
+    tx = optimizer.adamw(config.optim, config.precision)
+    train_step = step.make_train_step(model, config, tx)
+    batch = jax.tree.map(lambda x: x[None], _batch())
+
+    def run(seed):
+      state = step.init_state(model, tx, seed)
+      reports = []
+      for _ in range(3):
+        state, metrics = train_step(state, batch, _HYPER)
+        reports.append(jax.device_get(metrics))
+      return jax.device_get(state), reports
+
+    first, second, other = run(0), run(0), run(1)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    self.assertNotEqual(first[1][0]['loss'], other[1][0]['loss'])
+    self.assertLess(first[1][-1]['loss'], first[1][0]['loss'])
+
+
+if __name__ == '__main__':
+  absltest.main()
