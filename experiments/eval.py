@@ -49,11 +49,8 @@ def main() -> None:
   trained = state.TrainState(step=step, opt_state={}, **variables)
   results = {'step': step, 'ema': _EMA.value, **evaluate(trained)}
   for name, value in results.items():
-    print(
-      f'{name:24}{value:10.4f}'
-      if type(value) is float
-      else f'{name:24}{value!s:>10}'
-    )
+    shown = f'{value:.4f}' if type(value) is float else value
+    print(f'{name:24}{shown!s:>10}')
   print(json.dumps(results))
 
 

@@ -1,0 +1,125 @@
+"""The commands: a small sweep, then its runs evaluated and sampled."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+_ROOT = pathlib.Path(__file__).parent.parent
+_ARMS = ('gamma=0.001', 'gamma=0')
+
+
+def _command(program, *arguments):
+  """(exit status, stdout, stderr) of `python -m experiments.<program>`."""
+  done = subprocess.run(
+    [sys.executable, '-m', f'experiments.{program}', *arguments],
+    capture_output=True,
+    text=True,
+    cwd=_ROOT,
+  )
+  return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope='module')
+def swept(tmp_path_factory):
+  """(arguments, workdir) of a sweep: two arms that are one compiled program."""
+  folder = tmp_path_factory.mktemp('experiments')
+  for i in range(30):
+    lines = [f'def f{i}_{j}(x):\n  return x + {i * j}\n' for j in range(20)]
+    (folder / f'{i}.txt').write_text('\n'.join(lines))
+  arguments = [
+    'sweep',
+    '--preset=tiny',
+    f'--workdir={folder / "sweep"}',
+    '--sweep=optim.gamma=0.001,0; seed=0',
+    '--columns=val_loss,max_vio,parameters',
+    f'--data.source={folder / "*.txt"}',
+    f'--data.cache_dir={folder / "cache"}',
+    '--data.val_fraction=0.2',
+    '--model.n_layers=2',
+    '--model.n_mtp_layers=0',
+    '--train.steps=2',
+    '--train.eval_every=2',
+    '--train.eval_batches=1',
+    '--train.save_every=2',
+  ]
+  status, output, errors = _command(*arguments)
+  assert status == 0, errors
+  return arguments, folder / 'sweep', output
+
+
+def _runs(workdir):
+  return sorted((workdir / 'runs').iterdir())
+
+
+@pytest.mark.slow
+def test_a_sweep_leaves_a_table_and_a_picture_and_is_not_repeated(swept):
+  arguments, workdir, output = swept
+  rows = [line for line in output.splitlines() if line.startswith('| ')]
+  assert [row.split(' | ')[0][2:] for row in rows[2:]] == list(_ARMS)
+  assert (workdir / 'table.md').read_text().startswith(rows[0])
+  assert (workdir / 'table.png').exists()
+  assert len(_runs(workdir)) == 2
+  before = {p: p.stat().st_mtime_ns for p in workdir.glob('runs/*/*')}
+  status, again, _ = _command(*arguments)
+  assert (status, again) == (0, output)
+  assert {p: p.stat().st_mtime_ns for p in workdir.glob('runs/*/*')} == before
+
+
+@pytest.mark.slow
+def test_evaluates_as_the_run_did(swept):
+  _, workdir, _ = swept
+  run = _runs(workdir)[0]
+  status, output, errors = _command('eval', f'--workdir={run}')
+  assert status == 0, errors
+  *lines, last = output.splitlines()
+  results = json.loads(last)
+  record = json.loads((run / 'metrics.jsonl').read_text().splitlines()[-1])
+  for name in ('val_loss', 'val_bpb'):
+    assert results[name] == record[name]
+    assert any(line.startswith(name) for line in lines)
+  assert (results['step'], results['ema']) == (2, False)
+
+
+@pytest.mark.slow
+def test_continues_the_prompt(swept):
+  _, workdir, _ = swept
+  arguments = ['generate', f'--workdir={_runs(workdir)[0]}', '--prompt=def f']
+  status, output, errors = _command(*arguments, '--max_new_tokens=3', '--ema')
+  assert status == 0, errors
+  assert output.startswith('def f')
+  assert len(output) > len('def f\n')
+
+
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    (['eval', '--workdir=/no/such'], '--workdir=/no/such: no such directory'),
+    (['generate', '--workdir=/no/such'], 'no such directory'),
+    (['generate', '--workdir=tests', '--prompt='], '--prompt is empty'),
+    (['eval', '--workdir=tests'], 'no checkpoints in it'),
+    (['eval', '--batches=-1'], 'batches'),
+    (['sweep'], '--sweep is empty'),
+    (['sweep', '--sweep=lr=1'], 'did you mean optim.lr?'),
+    (['sweep', '--sweep=seed=0', '--columns=x'], "no 'x'; there are val_loss"),
+    (['sweep', '--sweep=optim.lr=-1'], 'optim.lr=-1.0: use at least 0'),
+    (['ablations.mtp', '--seeds=x'], 'must be an integer'),
+    (['ablations.mtp', '--model.dims=1'], 'did you mean --model.dim?'),
+  ],
+)
+def test_a_mistake_is_one_line(arguments, message):
+  status, _, errors = _command(*arguments)
+  assert status == 2
+  assert errors.startswith('ERROR: '), errors
+  assert message in errors
+  assert len(errors.splitlines()) == 1, errors
+
+
+def test_help_of_an_ablation_shows_its_question_and_its_flags():
+  status, output, _ = _command('ablations.balance', '--help')
+  assert status == 0
+  assert output.startswith('Does balancing by a bias')
+  for flag in ('--seeds', '--workdir', '--columns', '--model.moe.balance'):
+    assert flag in output
