@@ -1,7 +1,10 @@
 """The experts' feed-forward networks, dropless (V3 section 2.1.2).
 
-Tokens are sorted by expert, multiplied group by group, and summed back:
-`permute`, `grouped_matmul`, `unpermute`.
+Tokens are sorted by expert; a loop takes blocks of rows of one expert through
+its SwiGLU; each token sums its K rows.  The trip count of the loop follows the
+routing, so that nothing is padded to a capacity and nothing dropped.
+(`lax.ragged_dot` computes every row with every matrix on CPU, and on GPU by
+default.)
 """
 
 import functools
@@ -12,8 +15,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-# Rows of one block of the grouped matmul; measured best on CPU for 64 to 128.
+# Rows of one block; measured best on CPU for 64 to 128 (PLATFORM.md, 2).
 _BLOCK = 128
+
+_matmul = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
+_NN = (((1,), (0,)), ((), ()))  # x @ w
+_NT = (((1,), (1,)), ((), ()))  # x @ w^T
+_TN = (((0,), (0,)), ((), ()))  # x^T @ w
 
 
 class Permutation(NamedTuple):
@@ -43,52 +51,11 @@ def sort_by_expert(expert_ids_TK: jax.Array, n_experts: int) -> Permutation:
   )
 
 
-@jax.custom_vjp
-def permute(x_TD: jax.Array, permutation: Permutation) -> jax.Array:
-  """Copies each token to its K sorted rows: [R, D].
-
-  The gradient is `unpermute`: a gather and a sum, where autodiff of the gather
-  would scatter.
-  """
-  K = permutation.flat_to_row_TK.shape[1]
-  return x_TD[permutation.row_to_flat_R // K]
-
-
-def _permute_fwd(x_TD, permutation):
-  return permute(x_TD, permutation), permutation
-
-
-def _permute_bwd(permutation, drows_RD):
-  return unpermute(drows_RD, permutation), None
-
-
-permute.defvjp(_permute_fwd, _permute_bwd)
-
-
-@jax.custom_vjp
 def unpermute(rows_RD: jax.Array, permutation: Permutation) -> jax.Array:
-  """Sums the K rows of each token: [T, D].  The gradient is `permute`."""
+  """Sums the K rows of each token, gathering rather than scattering: [T, D]."""
   K = permutation.flat_to_row_TK.shape[1]
   picked = (rows_RD[permutation.flat_to_row_TK[:, k]] for k in range(K))
   return functools.reduce(jnp.add, picked)
-
-
-def _unpermute_fwd(rows_RD, permutation):
-  return unpermute(rows_RD, permutation), permutation
-
-
-def _unpermute_bwd(permutation, dx_TD):
-  return permute(dx_TD, permutation), None
-
-
-unpermute.defvjp(_unpermute_fwd, _unpermute_bwd)
-
-
-def grouped_matmul_reference(x_RD, w_EDF, group_sizes_E):
-  """Row r times the matrix of its group, the obvious way: [R, F]."""
-  ends = jnp.cumsum(group_sizes_E)
-  expert_R = jnp.searchsorted(ends, jnp.arange(x_RD.shape[0]), side='right')
-  return jnp.einsum('RD,RDF->RF', x_RD, w_EDF[expert_R])
 
 
 class _Blocks(NamedTuple):
@@ -113,94 +80,155 @@ def _make_blocks(group_sizes_E: jax.Array, n_rows: int) -> _Blocks:
   return _Blocks(expert, start, ends_E[expert], last_E[-1])
 
 
-def _rows(x: jax.Array, start: jax.Array) -> jax.Array:
+class _Rows(NamedTuple):
+  """Per sorted row, with room for the last block to run over the end."""
+
+  token: jax.Array  # int32 [R + block]
+  gate: jax.Array  # float32 [R + block, 1]
+  blocks: _Blocks
+
+
+def _make_rows(weights_TK: jax.Array, permutation: Permutation) -> _Rows:
+  K = weights_TK.shape[1]
+  order = jnp.pad(permutation.row_to_flat_R, (0, _BLOCK))
+  gate = weights_TK.reshape(-1, 1)[order].astype(jnp.float32)
+  blocks = _make_blocks(permutation.group_sizes_E, order.size - _BLOCK)
+  return _Rows(order // K, gate, blocks)
+
+
+def _block(x: jax.Array, start: jax.Array) -> jax.Array:
   return lax.dynamic_slice_in_dim(x, start, _BLOCK)
 
 
-def _pad(x: jax.Array) -> jax.Array:
-  """Room for the last block to run over the end."""
-  return jnp.pad(x, ((0, _BLOCK), (0, 0)))
+def _put(x: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
+  # Rows beyond the group's end are overwritten by the next group's block.
+  return lax.dynamic_update_slice_in_dim(x, block.astype(x.dtype), start, 0)
+
+
+def _own(w_E: jax.Array, expert: jax.Array) -> jax.Array:
+  return lax.dynamic_index_in_dim(w_E, expert, keepdims=False)
+
+
+def _buffer(rows: _Rows, width: int, dtype) -> jax.Array:
+  return jnp.zeros((rows.token.size, width), dtype)
+
+
+def _hidden(gate_F, up_F):
+  """SwiGLU in float32, of one block."""
+  return jax.nn.silu(gate_F.astype(jnp.float32)) * up_F.astype(jnp.float32)
+
+
+def _forward(x_TD, w1, w2, w3, rows):
+  """Output rows [R + block, D], and the inputs of SwiGLU, [R + block, F]."""
+
+  def body(i, carry):
+    y, gates, ups = carry
+    start, e = rows.blocks.start[i], rows.blocks.expert[i]
+    x = x_TD[_block(rows.token, start)]
+    gate = _matmul(x, _own(w1, e), _NN).astype(x.dtype)
+    up = _matmul(x, _own(w3, e), _NN).astype(x.dtype)
+    hidden = _hidden(gate, up) * _block(rows.gate, start)
+    y_i = _matmul(hidden.astype(x.dtype), _own(w2, e), _NN)
+    return _put(y, y_i, start), _put(gates, gate, start), _put(ups, up, start)
+
+  dtype, F = x_TD.dtype, w1.shape[2]
+  carry = (
+    _buffer(rows, x_TD.shape[1], dtype),
+    _buffer(rows, F, dtype),
+    _buffer(rows, F, dtype),
+  )
+  return lax.fori_loop(0, rows.blocks.count, body, carry)
+
+
+def _input_grad(dy_TD, w1, w2, w3, gates, ups, rows):
+  """Gradients of the rows of x, of SwiGLU's inputs, and of the gate weights."""
+
+  def body(i, carry):
+    dx, dgates, dups, dweights = carry
+    start, e = rows.blocks.start[i], rows.blocks.expert[i]
+    dy = dy_TD[_block(rows.token, start)]
+    dhidden = _matmul(dy, _own(w2, e), _NT)
+    hidden, vjp = jax.vjp(_hidden, _block(gates, start), _block(ups, start))
+    dweight = jnp.sum(hidden * dhidden, -1, keepdims=True)
+    dgate, dup = vjp(dhidden * _block(rows.gate, start))
+    dx_i = _matmul(dgate, _own(w1, e), _NT) + _matmul(dup, _own(w3, e), _NT)
+    return (
+      _put(dx, dx_i, start),
+      _put(dgates, dgate, start),
+      _put(dups, dup, start),
+      _put(dweights, dweight, start),
+    )
+
+  carry = (
+    _buffer(rows, dy_TD.shape[1], dy_TD.dtype),
+    jnp.zeros_like(gates),
+    jnp.zeros_like(ups),
+    _buffer(rows, 1, jnp.float32),
+  )
+  return lax.fori_loop(0, rows.blocks.count, body, carry)
+
+
+def _weight_grad(x_TD, dy_TD, gates, ups, dgates, dups, rows, n_experts):
+  """float32 gradients of w1, w2 and w3.
+
+  A loop of its own, so that a pipeline can defer it (V3 section 3.2.1).
+  """
+
+  def body(i, carry):
+    start, e = rows.blocks.start[i], rows.blocks.expert[i]
+    inside = (start + jnp.arange(_BLOCK) < rows.blocks.end[i])[:, None]
+    token = _block(rows.token, start)
+    x = jnp.where(inside, x_TD[token], 0)
+    hidden = _hidden(_block(gates, start), _block(ups, start))
+    hidden = jnp.where(inside, hidden * _block(rows.gate, start), 0)
+    products = (
+      _matmul(x, _block(dgates, start), _TN),
+      _matmul(hidden.astype(x.dtype), dy_TD[token], _TN),
+      _matmul(x, _block(dups, start), _TN),
+    )
+    return tuple(
+      lax.dynamic_update_index_in_dim(dw, _own(dw, e) + product, e, 0)
+      for dw, product in zip(carry, products)
+    )
+
+  D, F = x_TD.shape[1], gates.shape[1]
+  up, down = (n_experts, D, F), (n_experts, F, D)
+  carry = tuple(jnp.zeros(shape, jnp.float32) for shape in (up, down, up))
+  return lax.fori_loop(0, rows.blocks.count, body, carry)
 
 
 @jax.custom_vjp
-def grouped_matmul(
-  x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array
-) -> jax.Array:
-  """Multiplies each group of rows by its own matrix.
-
-  A loop over blocks of rows with a traced trip count: `lax.ragged_dot` computes
-  every row with every matrix on CPU, and on GPU by default.
-
-  Args:
-    x_RD: rows sorted by group.
-    w_EDF: one matrix per group.
-    group_sizes_E: int32, with sum R.
-
-  Returns:
-    [R, F] in the dtype of `x_RD`, accumulated in float32.
-  """
-  return _grouped_matmul(x_RD, w_EDF, group_sizes_E, (((1,), (0,)), ((), ())))
+def _ffn(x_TD, w1, w2, w3, weights_TK, permutation):
+  return _ffn_fwd(x_TD, w1, w2, w3, weights_TK, permutation)[0]
 
 
-def _grouped_matmul(x, w, group_sizes, contraction):
-  n_rows = x.shape[0]
-  blocks = _make_blocks(group_sizes, n_rows)
-  x = _pad(x)
-  width = w.shape[2 - contraction[0][1][0]]
-
-  def body(i, y):
-    # Rows beyond the group's end are overwritten by the next group's block.
-    w_i = lax.dynamic_index_in_dim(w, blocks.expert[i], keepdims=False)
-    y_i = lax.dot_general(
-      _rows(x, blocks.start[i]),
-      w_i,
-      contraction,
-      preferred_element_type=jnp.float32,
-    ).astype(y.dtype)
-    return lax.dynamic_update_slice_in_dim(y, y_i, blocks.start[i], 0)
-
-  y = jnp.zeros((n_rows + _BLOCK, width), x.dtype)
-  return lax.fori_loop(0, blocks.count, body, y)[:n_rows]
+def _ffn_fwd(x_TD, w1, w2, w3, weights_TK, permutation):
+  rows = _make_rows(weights_TK, permutation)
+  y, gates, ups = _forward(x_TD, w1, w2, w3, rows)
+  gates = checkpoint_name(gates, 'ffn_up')
+  ups = checkpoint_name(ups, 'ffn_up')
+  residuals = (x_TD, w1, w2, w3, weights_TK, permutation, gates, ups)
+  return unpermute(y, permutation), residuals
 
 
-def _grouped_weight_grad(x_RD, dy_RF, group_sizes_E):
-  """`x_g^T dy_g` of each group: float32 [E, D, F]."""
-  blocks = _make_blocks(group_sizes_E, x_RD.shape[0])
-  x_RD, dy_RF = _pad(x_RD), _pad(dy_RF)
-
-  def body(i, dw):
-    start, expert = blocks.start[i], blocks.expert[i]
-    inside = start + jnp.arange(_BLOCK) < blocks.end[i]
-    x_i = jnp.where(inside[:, None], _rows(x_RD, start), 0)
-    dw_i = lax.dot_general(
-      x_i,
-      _rows(dy_RF, start),
-      (((0,), (0,)), ((), ())),
-      preferred_element_type=jnp.float32,
-    )
-    dw_i += lax.dynamic_index_in_dim(dw, expert, keepdims=False)
-    return lax.dynamic_update_index_in_dim(dw, dw_i, expert, 0)
-
-  shape = (group_sizes_E.shape[0], x_RD.shape[1], dy_RF.shape[1])
-  return lax.fori_loop(0, blocks.count, body, jnp.zeros(shape, jnp.float32))
-
-
-def _grouped_matmul_fwd(x_RD, w_EDF, group_sizes_E):
-  return grouped_matmul(x_RD, w_EDF, group_sizes_E), (
-    x_RD,
-    w_EDF,
-    group_sizes_E,
+def _ffn_bwd(residuals, dy_TD):
+  x_TD, w1, w2, w3, weights_TK, permutation, gates, ups = residuals
+  rows = _make_rows(weights_TK, permutation)
+  dx, dgates, dups, dweights = _input_grad(dy_TD, w1, w2, w3, gates, ups, rows)
+  dw1, dw2, dw3 = _weight_grad(
+    x_TD, dy_TD, gates, ups, dgates, dups, rows, w1.shape[0]
+  )
+  return (
+    unpermute(dx, permutation),
+    dw1.astype(w1.dtype),
+    dw2.astype(w2.dtype),
+    dw3.astype(w3.dtype),
+    dweights[permutation.flat_to_row_TK, 0].astype(weights_TK.dtype),
+    None,
   )
 
 
-def _grouped_matmul_bwd(residuals, dy_RF):
-  x_RD, w_EDF, group_sizes_E = residuals
-  dx_RD = _grouped_matmul(dy_RF, w_EDF, group_sizes_E, (((1,), (1,)), ((), ())))
-  dw_EDF = _grouped_weight_grad(x_RD, dy_RF, group_sizes_E)
-  return dx_RD, dw_EDF.astype(w_EDF.dtype), None
-
-
-grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
+_ffn.defvjp(_ffn_fwd, _ffn_bwd)
 
 
 def expert_ffn(
@@ -214,15 +242,17 @@ def expert_ffn(
   """`sum_k g_k W2 (silu(W1 x) * W3 x)` over each token's experts: [T, D].
 
   The gate weight multiplies the hidden activation, not the output: the same by
-  linearity, and its gradient then needs no [R, D] output rows.  DeepSeek's own
-  kernels fuse it there too (FACTS 4.4).
+  linearity, and its gradient then needs no output rows.  DeepSeek's own kernels
+  fuse it there too (FACTS 4.4).  Matmuls accumulate in float32 and store in the
+  dtype of `x_TD`; kept for the backward pass are SwiGLU's two inputs.
+
+  Args:
+    x_TD: tokens, compute dtype.
+    w1_EDF: as the other two matrices, in the same dtype.
+    w2_EFD: down projections.
+    w3_EDF: up projections.
+    expert_ids_TK: int32.
+    weights_TK: float32 gate weights.
   """
   permutation = sort_by_expert(expert_ids_TK, w1_EDF.shape[0])
-  sizes = permutation.group_sizes_E
-  rows_RD = permute(x_TD, permutation)
-  gates_R = weights_TK.reshape(-1)[permutation.row_to_flat_R]
-  gate_RF = checkpoint_name(grouped_matmul(rows_RD, w1_EDF, sizes), 'ffn_up')
-  up_RF = checkpoint_name(grouped_matmul(rows_RD, w3_EDF, sizes), 'ffn_up')
-  hidden_RF = jax.nn.silu(gate_RF) * up_RF * gates_R[:, None]
-  hidden_RF = hidden_RF.astype(x_TD.dtype)
-  return unpermute(grouped_matmul(hidden_RF, w2_EFD, sizes), permutation)
+  return _ffn(x_TD, w1_EDF, w2_EFD, w3_EDF, weights_TK, permutation)
