@@ -199,7 +199,7 @@ def quickstart() -> Config:
 def ablation() -> Config:
   """The model of experiments/ablations: small, for dozens of runs on two cores.
 
-  Without MTP and groups, as the models of the papers' own ablations.  In 200
+  Without MTP and groups, as the models of the papers' own ablations.  In 120
   steps the bias must cross the spread of the scores in tens, not in hundreds:
   gamma is five times V3's.
   """
@@ -230,12 +230,12 @@ def ablation() -> Config:
       base.optim, warmup_steps=20, ema_decay=0.0, gamma='0.005'
     ),
     train=config_lib.TrainConfig(
-      steps=200,
+      steps=120,
       remat='none',
       log_every=1,
-      eval_every=200,
+      eval_every=120,
       eval_batches=64,
-      save_every=200,
+      save_every=120,
       keep=1,
     ),
   )

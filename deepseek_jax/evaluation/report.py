@@ -12,17 +12,17 @@ from deepseek_jax.evaluation.sweep import Run
 
 # Result -> (heading, format).  What is the same for every seed has no error.
 COLUMNS = {
-  'val_loss': ('validation loss', '.4f'),
-  'val_loss_difference': ('difference from the first', '+.4f'),
-  'val_bpb': ('bits per byte', '.4f'),
-  'val_mtp_1_acceptance': ('MTP acceptance', '.3f'),
-  'loss': ('training loss', '.4f'),
-  'max_vio': ('MaxVio of a batch', '.3f'),
-  'max_vio_global': ('MaxVio global', '.3f'),
+  'val_loss': ('val loss', '.4f'),
+  'val_loss_difference': ('vs first', '+.4f'),
+  'val_bpb': ('bits/byte', '.4f'),
+  'val_mtp_1_acceptance': ('MTP accepted', '.3f'),
+  'loss': ('train loss', '.4f'),
+  'max_vio': ('MaxVio batch', '.2f'),
+  'max_vio_global': ('MaxVio global', '.2f'),
   'tokens_per_second': ('tokens/s', ',.0f'),
   'parameters': ('parameters', ',.0f'),
-  'active_parameters': ('active parameters', ',.0f'),
-  'cache_bytes_per_token': ('cache bytes/token', ',.0f'),
+  'active_parameters': ('active', ',.0f'),
+  'cache_bytes_per_token': ('cache B/token', ',.0f'),
 }
 _SMOOTH = (
   0.05  # Of a curve's length, averaged so that curves can be told apart.
@@ -62,7 +62,7 @@ def write(
 
 
 def table(runs: Sequence[Run], columns: Sequence[str]) -> str:
-  """Markdown: one row an arm, `mean ± standard error` over its seeds.
+  """Markdown: one row an arm, `mean±standard error` over its seeds.
 
   The difference from the first arm is taken seed by seed: two runs of a seed
   read the same batches, so that much of the noise is common to both.
@@ -117,7 +117,7 @@ def _cell(values: list[float], spec: str) -> str:
   mean = format(float(np.mean(values)), spec)
   if len(set(values)) == 1:
     return mean
-  return f'{mean} ± {standard_error(values):{spec.lstrip("+")}}'
+  return f'{mean}±{standard_error(values):{spec.lstrip("+")}}'
 
 
 def draw(
