@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from deepseek_jax import config as config_lib
 from deepseek_jax import presets
@@ -95,6 +95,8 @@ def run(main: Callable[[], None]) -> NoReturn:
   """
 
   def guarded(_: list[str]) -> None:
+    if not flags.FLAGS['verbosity'].present:
+      logging.set_verbosity(logging.WARNING)  # Orbax tells every detail.
     try:
       main()
     except (ValueError, FloatingPointError) as error:

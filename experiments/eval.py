@@ -11,7 +11,6 @@ import json
 import pathlib
 
 from absl import flags as absl_flags
-from absl import logging
 
 from deepseek_jax import config as config_lib
 from deepseek_jax import flags
@@ -30,7 +29,6 @@ _BATCHES = absl_flags.DEFINE_integer(
 
 def main() -> None:
   """Prints a line for each result, then all of them as JSON."""
-  logging.set_verbosity(logging.WARNING)  # Orbax tells every detail.
   workdir = pathlib.Path(_WORKDIR.value).expanduser()
   if not workdir.is_dir():
     raise ValueError(f'--workdir={workdir}: no such directory')

@@ -10,7 +10,6 @@ a pass over the whole text.
 import pathlib
 
 from absl import flags as absl_flags
-from absl import logging
 
 from deepseek_jax import flags
 
@@ -30,7 +29,6 @@ _SEED = absl_flags.DEFINE_integer('seed', 0, 'Of the draws.', lower_bound=0)
 
 def main() -> None:
   """Prints the prompt and what the model adds to it."""
-  logging.set_verbosity(logging.WARNING)  # Orbax tells every detail.
   workdir = pathlib.Path(_WORKDIR.value).expanduser()
   if not workdir.is_dir():
     raise ValueError(f'--workdir={workdir}: no such directory')

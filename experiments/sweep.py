@@ -16,7 +16,6 @@ import sys
 from typing import Any, NoReturn
 
 from absl import flags as absl_flags
-from absl import logging
 
 from deepseek_jax import config as config_lib
 from deepseek_jax import flags
@@ -90,8 +89,6 @@ def train_and_report(
   name: str = 'table',
 ) -> None:
   """Runs `arms` x `seeds` on `config`; prints the table and its place."""
-  if not absl_flags.FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.WARNING)  # Orbax tells every detail.
   columns, workdir = absl_flags.FLAGS.columns, absl_flags.FLAGS.workdir
   for column in columns:
     if column not in report.COLUMNS:

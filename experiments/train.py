@@ -8,7 +8,6 @@ The same command goes on where an interrupted run stopped.
 """
 
 from absl import flags as absl_flags
-from absl import logging
 
 from deepseek_jax import flags
 
@@ -20,8 +19,6 @@ flags.define()
 
 def main() -> None:
   """Runs the loop on the command line's config."""
-  if not absl_flags.FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.WARNING)  # Orbax tells every detail.
   config, base = flags.resolve()
   workdir = _WORKDIR.value or f'runs/{absl_flags.FLAGS.preset}'
   # After the flags are known to be right: JAX takes seconds to import.

@@ -233,7 +233,7 @@ class TrainIteratorTest(DataCase):
     self.assertTrue((first(3)[0]['tokens'] != first(4)[0]['tokens']).any())
     first(2**40)  # Wider than grain's own seeds.
 
-  @parameterized.parameters(2, 4)
+  @parameterized.parameters(2, 4, 8)  # 8: one row each.
   def test_processes_share_the_same_batches(self, count):
     corpus = self.load()
     n = len(corpus.train) // 4 + 3  # Beyond an epoch.

@@ -168,7 +168,7 @@ class PlotsTest(parameterized.TestCase):
 
   def test_all(self):
     records = [self._record(11, 4, seed) for seed in range(5)]
-    records[2] |= {'val_bpb': 2.0, 'val_loss': 3.1, 'val_mtp_acceptance': 0.5}
+    records[2] |= {'val_bpb': 2.0, 'val_mtp_1_acceptance': 0.5}
     names = ['losses', 'validation', 'expert_load', 'max_vio', 'schedules']
     self.assertEqual(self._draw(records), names)
 

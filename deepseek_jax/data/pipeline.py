@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Batch = dict[str, np.ndarray]  # tokens and segments, int32 [B, T + 1].
 
 _ROWS = 4  # Beside the other streams of random numbers.
+_ENDLESS = 2**48  # Rows.
 # A row takes tens of microseconds; two threads stay ahead of any step.
 _THREADS, _BATCHES_AHEAD = 2, 8
 
@@ -122,7 +123,9 @@ def train_iterator(
     )
   # Grain adds the epoch to its seed: seeds as close as ours are must not be.
   seed = int(fim_lib.uniforms(1, config.seed, _ROWS)[0] * 2**32)
-  dataset = grain.MapDataset.source(rows).shuffle(seed=seed).repeat()
+  dataset = grain.MapDataset.source(rows).shuffle(seed=seed)
+  # Endless in effect: grain's own endless length overflows at batches of one.
+  dataset = dataset.repeat(-(-_ENDLESS // len(rows)))
   # Every process's part of every batch in turn, of which this takes its own.
   dataset = dataset.batch(local_size)[process_index::process_count]
   options = grain.ReadOptions(

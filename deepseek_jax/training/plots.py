@@ -77,13 +77,16 @@ def _curves(records, panels: list[tuple[str, list[str]]], title: str, **style):
   return figure
 
 
+def _depths(records, pattern):
+  """The metrics of every MTP depth that was recorded, depth 1 first."""
+  names = {name for record in records for name in record}
+  depths = range(1, len(names) + 1)
+  return [pattern.format(k) for k in depths if pattern.format(k) in names]
+
+
 def _losses(records):
   """Cross-entropy of every head, and what is added to the objective."""
-  names = {name for record in records for name in record}
-  mtp = sorted(
-    (n for n in names if n.startswith('mtp_') and n.endswith('_loss')),
-    key=lambda name: int(name.split('_')[1]),
-  )
+  mtp = _depths(records, 'mtp_{}_loss')
   panels = [
     ('cross-entropy [nats/token]', ['loss', *mtp, 'val_loss']),
     ('balance loss', ['balance_loss']),
@@ -93,9 +96,10 @@ def _losses(records):
 
 
 def _validation(records):
+  drafts = _depths(records, 'val_mtp_{}_acceptance')
   panels = [
     ('bits per byte', ['val_bpb']),
-    ('accepted share of MTP drafts', ['val_mtp_acceptance']),
+    ('accepted share of MTP drafts', drafts),
   ]
   return _curves(records, panels, 'Validation', marker='o')
 
