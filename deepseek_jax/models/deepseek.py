@@ -83,16 +83,14 @@ class Transformer(nn.Module):
     x = jnp.zeros((1, 1, self.config.dim), self.dtype)
     ids, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.float32)
     args = (x, x, ids, None, mask) if name == 'mtp' else (x, ids, None, mask)
-
-    def init(rng, collection):
-      return stack.init_stacked(layer, rng, count, *args).get(collection)
-
-    variables = {'params': self.param(name, init, 'params')}
+    rng = self.make_rng('params')
+    variables = stack.init_stacked(layer, rng, count, *args)
+    result = {'params': self.param(name, lambda _: variables['params'])}
     if is_routed:
-      rng = jax.random.key(0)  # Biases start at zero.
-      state = self.variable('router_state', name, init, rng, 'router_state')
-      variables['router_state'] = state.value
-    return variables
+      biases = variables['router_state']
+      state = self.variable('router_state', name, lambda: biases)
+      result['router_state'] = state.value
+    return result
 
   def __call__(
     self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None
