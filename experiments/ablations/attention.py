@@ -15,9 +15,9 @@ Mean±standard error of three seeds, 2026-11-22, two CPU cores:
 | GQA, 2 kv heads | 3 | 5.2036±0.0819 | +0.6498±0.0357 | 384 | 416,224 |
 | MQA | 3 | 5.2322±0.1072 | +0.6784±0.0809 | 192 | 416,224 |
 
-Fewer key-value heads learn more slowly (GQA and MQA alike, within noise), MLA
-fastest.  That is the first 120 steps, in which attention only begins to matter:
-how fast, not yet how well.
+Fewer key-value heads learn more slowly, GQA and MQA alike within noise, and MLA
+fastest.  That is how attention begins, not how it ends: after 600 steps of one
+seed MLA is at 3.408, MHA 3.435, GQA 3.690 and MQA 3.595.
 """
 
 from experiments import sweep

@@ -15,9 +15,9 @@ Mean±standard error of three seeds, 2026-11-22, two CPU cores:
 | alpha 0.01 | 3 | 4.5577±0.0478 | +0.0039±0.0046 | 0.91±0.06 | 0.83±0.08 |
 | none | 3 | 4.5711±0.0585 | +0.0173±0.0130 | 2.35±0.04 | 2.32±0.05 |
 
-The bias balances: MaxVio falls 25-fold, and an auxiliary loss of the published
-weight, 0.001, hardly acts in 120 steps; one of 0.01 does two thirds of the work.
-In the loss no arm differs beyond noise, and the paper's 0.006 nats are below it.
+The bias balances: MaxVio falls 25-fold.  An auxiliary loss of the published
+weight, 0.001, hardly acts in 120 steps; one of 0.01 does two thirds of it.  In
+the loss no arm differs beyond noise, and the paper's 0.006 nats are below it.
 """
 
 from experiments import sweep

@@ -13,7 +13,7 @@ Mean±standard error of three seeds, 2026-11-22, two CPU cores:
 | batch-wise | 3 | 4.5644±0.0509 | +0.0067±0.0039 | 0.80±0.04 | 0.71±0.07 |
 | bias | 3 | 4.5538±0.0462 | -0.0039±0.0046 | 0.43±0.03 | 0.09±0.01 |
 
-No difference of the losses beyond two standard errors, so nothing of the paper's
+The losses are no more than two standard errors apart: nothing of the paper's
 0.005 is confirmed or denied.
 """
 
