@@ -32,7 +32,7 @@ def main() -> None:
   workdir = pathlib.Path(_WORKDIR.value).expanduser()
   if not workdir.is_dir():
     raise ValueError(f'--workdir={workdir}: no such directory')
-  from deepseek_jax.data import pipeline
+  from deepseek_jax.data import pipeline, tokenizer
   from deepseek_jax.evaluation import run
   from deepseek_jax.training import checkpoint, loop, state
   from deepseek_jax.training import step as step_lib
@@ -41,7 +41,12 @@ def main() -> None:
   if _BATCHES.value is not None:
     config = config_lib.replace(config, {'train.eval_batches': _BATCHES.value})
   loop.use_compilation_cache(config)
+  # The run's own tokenizer: here the source might train another.
+  saved = str(workdir / 'tokenizer.json')
   corpus = pipeline.load(config.data, config.model.vocab_size)
+  if not corpus.tokenizer.equals(tokenizer.Tokenizer.load(saved)):
+    config = config_lib.replace(config, {'data.tokenizer': saved})
+    corpus = pipeline.load(config.data, config.model.vocab_size)
   model = step_lib.build_model(config)
   evaluate = run.make_evaluate(model, config, corpus)
   trained = state.TrainState(step=step, opt_state={}, **variables)

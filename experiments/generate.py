@@ -34,14 +34,14 @@ def main() -> None:
     raise ValueError(f'--workdir={workdir}: no such directory')
   if not _PROMPT.value:
     raise ValueError("--prompt is empty: give a text, such as 'import '")
-  from deepseek_jax.data import pipeline
+  from deepseek_jax.data import tokenizer as tokenizer_lib
   from deepseek_jax.inference import generate
   from deepseek_jax.training import checkpoint, loop
   from deepseek_jax.training import step as step_lib
 
   config, variables, _ = checkpoint.load_for_inference(workdir, _EMA.value)
   loop.use_compilation_cache(config)
-  tokenizer = pipeline.load(config.data, config.model.vocab_size).tokenizer
+  tokenizer = tokenizer_lib.Tokenizer.load(workdir / 'tokenizer.json')
   # As in training, where every document begins with this token.
   prompt = [tokenizer.bos_id, *tokenizer.encode(_PROMPT.value)]
   [output] = generate.generate(

@@ -15,11 +15,12 @@ import pytest
 
 from deepseek_jax import config as config_lib
 from deepseek_jax import presets
-from deepseek_jax.data import pipeline
+from deepseek_jax.data import pipeline, tokenizer
 from deepseek_jax.evaluation import run
 from deepseek_jax.training import (
   checkpoint,
   feed,
+  loop,
   metrics,
   schedules,
   step_log,
@@ -285,3 +286,15 @@ def test_speed_leaves_out_compilation_and_pauses():
     now[0] += 1000
   now[0] += 2
   assert clock.lap(5, 110) == {'step_seconds': 2, 'tokens_per_second': 10}
+
+
+def test_a_run_keeps_its_tokenizer(tmp_path):
+  def train(text):
+    return tokenizer.Tokenizer.train([text], 300)
+
+  first = train('import numpy as np ' * 9)
+  loop._keep_tokenizer(tmp_path, first)
+  assert tokenizer.Tokenizer.load(tmp_path / 'tokenizer.json').equals(first)
+  loop._keep_tokenizer(tmp_path, train('import numpy as np ' * 9))
+  with pytest.raises(ValueError, match='began on other text'):
+    loop._keep_tokenizer(tmp_path, train('another language ' * 9))

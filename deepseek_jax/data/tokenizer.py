@@ -135,6 +135,10 @@ class Tokenizer:
     inner.train_from_iterator(texts, trainer)
     return cls(inner.to_str())
 
+  def equals(self, other: 'Tokenizer') -> bool:
+    """Whether both turn every text into the same ids."""
+    return self._inner.to_str() == other._inner.to_str()
+
   def save(self, path: str | pathlib.Path) -> None:
     """Writes a tokenizer.json that `load` and `transformers` read."""
     self._inner.save(str(path))

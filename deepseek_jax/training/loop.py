@@ -15,6 +15,7 @@ import jax
 
 from deepseek_jax import config as config_lib
 from deepseek_jax.data import pipeline
+from deepseek_jax.data import tokenizer as tokenizer_lib
 from deepseek_jax.training import (
   checkpoint,
   optimizer,
@@ -48,8 +49,8 @@ def train(
   """Trains up to `train.steps`, going on from the newest checkpoint if any.
 
   However often it is interrupted and called again, the losses are bitwise those
-  of a run that never was.  `workdir` gets config.json, metrics.jsonl,
-  tensorboard/, checkpoints/, plots/ and samples/.
+  of a run that never was.  `workdir` gets config.json, tokenizer.json,
+  metrics.jsonl, tensorboard/, checkpoints/, plots/ and samples/.
 
   Args:
     config: of the run.
@@ -71,6 +72,7 @@ def train(
     _announce(config, workdir, base)
     saver = stack.enter_context(checkpoint.Checkpointer(workdir, config))
     corpus = pipeline.load(config.data, config.model.vocab_size)
+    _keep_tokenizer(workdir, corpus.tokenizer)
     schedule = schedules.Schedule(config)
     model = step_lib.build_model(config)
     tx = optimizer.adamw(config.optim, config.precision)
@@ -171,6 +173,24 @@ def _init_or_restore(model, tx, config, saver):
     return state, position, None
   average = state.params if average is None else average
   return state, position, ema_lib.HostEMA(average, config.optim.ema_decay)
+
+
+def _keep_tokenizer(workdir, tokenizer):
+  """Writes tokenizer.json, or checks that a resumed run still has the same.
+
+  The default tokenizer is trained on what the machine has: another Python, for
+  instance, is another text.
+  """
+  path = workdir / 'tokenizer.json'
+  if not path.exists():
+    partial = workdir / '.tokenizer.json'
+    tokenizer.save(partial)
+    partial.replace(path)
+  elif not tokenizer.equals(tokenizer_lib.Tokenizer.load(path)):
+    raise ValueError(
+      f'{path} differs from the tokenizer that data.source now gives: the run '
+      f'began on other text; use --data.tokenizer={path} or another --workdir'
+    )
 
 
 def _write_config(workdir, config):
