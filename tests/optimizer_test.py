@@ -75,7 +75,10 @@ class AdamWTest(parameterized.TestCase):
     self.assertEqual(int(state.count), 30)
     expected = [copy.detach().numpy() for copy in copies]
     tolerances.assert_close(
-      jax.tree.leaves(params), expected, tolerances.FLOAT32_MATH
+      # Thirty steps of float32 rounding, each on top of the last.
+      jax.tree.leaves(params),
+      expected,
+      tolerances.COMPONENT_PARITY,
     )
 
   def test_moments_keep_their_dtypes_and_only_they_are_rounded(self):
