@@ -139,7 +139,7 @@ class LoadTest(DataCase):
       )
       for _ in range(2)
     ]
-    outputs = [run.communicate(timeout=120) for run in runs]
+    outputs = [run.communicate(timeout=600) for run in runs]
     self.assertEqual([run.returncode for run in runs], [0, 0], outputs)
     self.assertEqual(outputs[0][0], outputs[1][0])
     made = [err.count(b'training a BPE') for _, err in outputs]
@@ -275,7 +275,7 @@ class TrainIteratorTest(DataCase):
       [sys.executable, '-c', code, *arguments],
       capture_output=True,
       check=True,
-      timeout=120,
+      timeout=600,
       # Other hashes of strings, so that none decides an order.
       env=os.environ | {'PYTHONHASHSEED': '77'},
     ).stdout

@@ -88,7 +88,7 @@ def _last_step(workdir):
 
 
 def _wait_for(condition, process):
-  deadline = time.monotonic() + 300
+  deadline = time.monotonic() + 1200  # A hang, not a slow machine.
   while not condition():
     assert process.is_alive(), f'ended with {process.exitcode}'
     assert time.monotonic() < deadline
