@@ -9,6 +9,7 @@ the value and what would be accepted.
 """
 
 import dataclasses
+import json
 import math
 from typing import Any
 
@@ -455,6 +456,26 @@ def from_dict(cls: type, values: dict[str, Any], prefix: str = '') -> Any:
       value = cast_leaf(f'{prefix}{name}', value, fields[name].type)
     built[name] = value
   return cls(**built)
+
+
+def to_json(config: Config) -> str:
+  """A config as indented JSON."""
+  return json.dumps(to_dict(config), indent=2) + '\n'
+
+
+def from_json(text: str) -> Config:
+  """The inverse of `to_json`; keys that are left out keep their defaults.
+
+  Raises:
+    ValueError: if it is not JSON, or not that of a `Config`.
+  """
+  try:
+    tree = json.loads(text)
+  except json.JSONDecodeError as error:
+    raise ValueError(f'config is not JSON: {error}') from None
+  if not isinstance(tree, dict):
+    raise ValueError(f'config is JSON, but no object: {text.strip()[:40]}')
+  return from_dict(Config, tree)
 
 
 def cast_leaf(name: str, value: Any, kind: type) -> Any:

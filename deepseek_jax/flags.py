@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import dis
 import inspect
-import json
 import pathlib
 import re
 import runpy
@@ -105,26 +104,6 @@ def run(main: Callable[[], None]) -> NoReturn:
       _fail(str(error))
 
   app.run(guarded, flags_parser=_parse)
-
-
-def to_json(config: Config) -> str:
-  """A config as indented JSON."""
-  return json.dumps(config_lib.to_dict(config), indent=2) + '\n'
-
-
-def from_json(text: str) -> Config:
-  """The inverse of `to_json`; keys that are left out keep their defaults.
-
-  Raises:
-    ValueError: if it is not JSON, or not that of a `Config`.
-  """
-  try:
-    tree = json.loads(text)
-  except json.JSONDecodeError as error:
-    raise ValueError(f'config is not JSON: {error}') from None
-  if not isinstance(tree, dict):
-    raise ValueError(f'config is JSON, but no object: {text.strip()[:40]}')
-  return config_lib.from_dict(Config, tree)
 
 
 def describe() -> str:

@@ -18,6 +18,7 @@ from absl import flags as absl_flags
 from deepseek_jax import config as config_lib
 from deepseek_jax import flags, presets
 from deepseek_jax.planner import flops as flops_lib
+from experiments import bench_worker
 
 _SUITE = absl_flags.DEFINE_enum(
   'suite', 'train', ['train', 'remat'], 'What is compared.'
@@ -91,8 +92,7 @@ def measure(workers: list[Worker], rounds: int) -> dict[str, dict]:
 def _table(results: dict[str, dict], config: config_lib.Config) -> str:
   tokens = config.data.batch_size * config.data.seq_len
   flops = flops_lib.train_per_token(config.model, config.data.seq_len) * tokens
-  # The side of the product is that of bench_worker.
-  rate = max(2 * 2048**3 / r['matmul'] for r in results.values())
+  rate = max(2 * bench_worker.MATMUL**3 / r['matmul'] for r in results.values())
   ours = results[OURS]
   lines = [
     f'matmul rate of this machine in this run: {rate / 1e9:.0f} GFLOP/s',

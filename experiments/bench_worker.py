@@ -21,7 +21,7 @@ from deepseek_jax import config as config_lib
 from deepseek_jax import presets
 
 # The side of the square float32 product that measures a machine's own rate.
-_MATMUL = 2048
+MATMUL = 2048
 
 
 def _tokens(config: config_lib.Config, seed: int) -> np.ndarray:
@@ -72,7 +72,7 @@ class JaxWorker:
 
   def matmul(self) -> None:
     """A large float32 product."""
-    x = self._jax.numpy.ones((_MATMUL, _MATMUL))
+    x = self._jax.numpy.ones((MATMUL, MATMUL))
     self._jax.block_until_ready(x @ x)
 
   def memory(self) -> dict[str, float]:
@@ -135,7 +135,7 @@ class TorchWorker:
 
   def matmul(self) -> None:
     """A large float32 product."""
-    x = self._torch.ones(_MATMUL, _MATMUL, device=self._device)
+    x = self._torch.ones(MATMUL, MATMUL, device=self._device)
     (x @ x)[0, 0].item()
 
   def memory(self) -> dict[str, float]:

@@ -176,10 +176,10 @@ class JsonTest(parameterized.TestCase):
   @parameterized.parameters(*presets.PRESETS)
   def test_round_trip(self, name):
     config = presets.PRESETS[name]()
-    self.assertEqual(flags.from_json(flags.to_json(config)), config)
+    self.assertEqual(config_lib.from_json(config_lib.to_json(config)), config)
 
   def test_missing_keys_keep_their_defaults(self):
-    config = flags.from_json('{"optim": {"lr": 1}}')
+    config = config_lib.from_json('{"optim": {"lr": 1}}')
     expected = dataclasses.replace(config_lib.OptimConfig(), lr=1.0)
     self.assertEqual(config, config_lib.Config(optim=expected))
 
@@ -193,7 +193,7 @@ class JsonTest(parameterized.TestCase):
   )
   def test_mistakes(self, text, message):
     with self.assertRaisesRegex(ValueError, message):
-      flags.from_json(text)
+      config_lib.from_json(text)
 
 
 class ClosestTest(parameterized.TestCase):

@@ -1,7 +1,6 @@
 """The training loop: a straight line from a config to a finished run."""
 
 import contextlib
-import json
 import os
 import pathlib
 import signal
@@ -194,9 +193,8 @@ def _keep_tokenizer(workdir, tokenizer):
 
 
 def _write_config(workdir, config):
-  text = json.dumps(config_lib.to_dict(config), indent=2) + '\n'
   partial = workdir / '.config.json'  # Renamed: never half a file.
-  partial.write_text(text)
+  partial.write_text(config_lib.to_json(config))
   partial.replace(workdir / 'config.json')
 
 
