@@ -12,6 +12,7 @@ three, so that nothing is permuted.
 """
 
 import dataclasses
+import functools
 from collections.abc import Container, Iterator
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ class Tensor:
     """Shape of the leaf, if this is the last tensor in it."""
     return (*(i + 1 for i in self.index), *self.shape_jax)
 
-  @property
+  @functools.cached_property
   def scale(self) -> 'Tensor':
     """The tensor of this matrix's FP8 block scales, float32.
 
@@ -141,9 +142,13 @@ class _Row(NamedTuple):
   heads: tuple[int, ...] = ()  # Our shape, where it is not just transposed.
 
 
-def tensors(config: ModelConfig) -> Iterator[Tensor]:
+@functools.lru_cache(maxsize=2)  # 46,183 for V3, which many steps go through.
+def tensors(config: ModelConfig) -> tuple[Tensor, ...]:
   """Every tensor of a released checkpoint but FP8 scales, in layer order."""
-  c = config
+  return tuple(_tensors(config))
+
+
+def _tensors(c: ModelConfig) -> Iterator[Tensor]:
   shape = (c.vocab_size, c.dim)
   embed, head, norm = (
     'model.embed_tokens.weight',

@@ -109,7 +109,7 @@ def find(directory: pathlib.Path) -> list[pathlib.Path]:
   for i in ranks:
     if (i, counts[0]) not in found:
       raise ValueError(
-        f'{directory}: model{i}-mp{counts[0]}.safetensors is gone'
+        f'{directory}: model{i}-mp{counts[0]}.safetensors is missing'
       )
   return [found[i, counts[0]] for i in ranks]
 
@@ -130,11 +130,15 @@ class Official(Source):
     self._tensors, self.specs, used = {}, {}, [set() for _ in self._ranks]
     for tensor in _with_scales(names.tensors(config)):
       slices = self._slices(tensor, config)
-      found = [r for r in slices if tensor.official in self._ranks[r].specs]
+      found = [
+        r for r, f in enumerate(self._ranks) if tensor.official in f.specs
+      ]
       if not found:
         continue
       if found != slices:
-        raise ValueError(f'{tensor.official} is missing in some ranks')
+        wrong = sorted({*found} ^ {*slices})
+        what = 'is missing in rank' if wrong[0] in slices else 'belongs not in'
+        raise ValueError(f'{tensor.official} {what} {wrong[0]}')
       self._tensors[tensor.name] = tensor, slices
       self.specs[tensor.name] = self._joined(tensor, slices)
       for r in slices:

@@ -22,7 +22,7 @@ from deepseek_jax.convert.sources import Files, Source, Tree
 CHECKPOINTS = 'checkpoints'
 EXTRA = 'extra.safetensors'
 _STEP = '0'
-_CACHE = 256 << 20  # Bytes of decoded chunks kept, if none is larger.
+_CACHE = 64 << 20  # Bytes of decoded chunks kept, if none is larger.
 _ZARR = {'float32': '<f4', 'float16': '<f2'}  # The rest by its own name.
 
 
