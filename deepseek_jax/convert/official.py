@@ -8,6 +8,7 @@ it never opens: the way back loses nothing.
 
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -129,13 +130,13 @@ class Official(Source):
     self.stamp = [f.stamp for f in (*self._ranks, self._rest)]
     self._tensors, self.specs, used = {}, {}, [set() for _ in self._ranks]
     for tensor in _with_scales(names.tensors(config)):
-      slices = self._slices(tensor, config)
+      slices = _holders(tensor, config, len(self._ranks))
       found = [
         r for r, f in enumerate(self._ranks) if tensor.official in f.specs
       ]
       if not found:
         continue
-      if found != slices:
+      if found != list(slices):
         wrong = sorted({*found} ^ {*slices})
         what = 'is missing in rank' if wrong[0] in slices else 'belongs not in'
         raise ValueError(f'{tensor.official} {what} {wrong[0]}')
@@ -148,19 +149,12 @@ class Official(Source):
       self.specs |= {n: s for n, s in rank.specs.items() if n not in names_used}
     self.specs |= self._rest.specs
 
-  def _slices(self, tensor, config):
-    """The ranks that hold a tensor: one, or all."""
-    n = len(self._ranks)
-    if len(tensor.index) == 2:
-      return [tensor.index[1] * n // config.moe.n_routed_experts]
-    return list(range(n))
-
   def _joined(self, tensor, slices):
     specs = [self._ranks[r].specs[tensor.official] for r in slices]
     if len(set(specs)) > 1:
       raise ValueError(f'{tensor.official} differs from rank to rank: {specs}')
     dtype, shape = specs[0]
-    if tensor.split >= 0 and len(tensor.index) < 2:
+    if tensor.split >= 0:
       shape = list(shape)
       shape[tensor.split] *= len(slices)
     return Spec(dtype, tuple(shape))
@@ -207,14 +201,11 @@ def files(source: Source, config: ModelConfig, n: int) -> list[stream.File]:
     if not tensor.official or tensor.name not in source.specs:
       continue
     spec = rest.pop(tensor.name)
-    for r, rank in enumerate(ranks):
-      if len(tensor.index) == 2:
-        if tensor.index[1] * n // experts == r:
-          rank[tensor.official] = stream.Part(tensor.name, spec)
-      elif tensor.split < 0:
-        rank[tensor.official] = stream.Part(tensor.name, spec)
-      else:
-        rank[tensor.official] = _cut(tensor, spec, r, n)
+    for r in _holders(tensor, config, n):
+      part = stream.Part(tensor.name, spec)
+      ranks[r][tensor.official] = (
+        part if tensor.split < 0 else _cut(tensor, spec, r, n)
+      )
     _check_blocks(tensor, source, n)
   built = [
     stream.safetensors_file(f'model{r}-mp{n}.safetensors', rank)
@@ -224,6 +215,13 @@ def files(source: Source, config: ModelConfig, n: int) -> list[stream.File]:
     parts = {name: stream.Part(name, spec) for name, spec in rest.items()}
     built.append(stream.safetensors_file(REST, parts))
   return built
+
+
+def _holders(tensor, config, n) -> Sequence[int]:
+  """The ranks of `n` that hold a tensor: an expert's, or all."""
+  if len(tensor.index) < 2:
+    return range(n)
+  return [tensor.index[1] * n // config.moe.n_routed_experts]
 
 
 def _with_scales(tensors):
@@ -250,7 +248,7 @@ def _cut(tensor, spec, rank, n):
 def _check_blocks(tensor, source, n):
   """A rank's slice of an FP8 matrix must consist of whole blocks."""
   is_fp8 = source.specs[tensor.name].dtype == fp8.E4M3
-  if not is_fp8 or tensor.split < 0 or len(tensor.index) == 2 or n == 1:
+  if not is_fp8 or tensor.split < 0 or n == 1:
     return
   size = tensor.shape[tensor.split]
   if size // n % names.BLOCK:
