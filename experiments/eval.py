@@ -34,13 +34,13 @@ def main() -> None:
     raise ValueError(f'--workdir={workdir}: no such directory')
   from deepseek_jax.data import pipeline, tokenizer
   from deepseek_jax.evaluation import run
-  from deepseek_jax.training import checkpoint, loop, state
+  from deepseek_jax.training import checkpoint, process, state
   from deepseek_jax.training import step as step_lib
 
   config, variables, step = checkpoint.load_for_inference(workdir, _EMA.value)
   if _BATCHES.value is not None:
     config = config_lib.replace(config, {'train.eval_batches': _BATCHES.value})
-  loop.use_compilation_cache(config)
+  process.prepare(config)
   # The run's own tokenizer: here the source might train another.
   saved = str(workdir / 'tokenizer.json')
   corpus = pipeline.load(config.data, config.model.vocab_size)

@@ -49,8 +49,8 @@ class CrossEntropyTest(parameterized.TestCase):
   )
   def test_values_and_gradients(self, batch, length, tokens_a_chunk, z):
     hidden, head, targets, weights = _inputs(batch, length)
-    limit = tokens_a_chunk * batch * head.shape[0]
-    with mock.patch.object(losses, '_CHUNK_ELEMENTS', limit):
+    limit = tokens_a_chunk * batch
+    with mock.patch.object(losses, '_CHUNK_TOKENS', limit):
 
       def loss(h, w):
         sums = losses.cross_entropy(h, w, targets, weights, z)
@@ -85,7 +85,7 @@ class CrossEntropyTest(parameterized.TestCase):
     grad = jax.grad(
       lambda h, w: losses.cross_entropy(h, w, targets, weights).loss, (0, 1)
     )
-    with mock.patch.object(losses, '_CHUNK_ELEMENTS', 2 * 8 * 32):
+    with mock.patch.object(losses, '_CHUNK_TOKENS', 2 * 8):
       sizes = _array_sizes(jax.make_jaxpr(grad)(hidden, head).jaxpr)
     self.assertLess(max(sizes), 2 * 64 * 32)
     self.assertIn(2 * 8 * 32, sizes)

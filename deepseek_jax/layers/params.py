@@ -3,6 +3,7 @@
 import math
 import zlib
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 import flax.linen as nn
@@ -67,12 +68,16 @@ def materialise(abstract: Any, seed: int) -> Any:
     stacked = sum(name in ('layers', 'experts') for name in leaf.names)
     name = zlib.crc32(jax.tree_util.keystr(path).encode())
     flat = np.empty((math.prod(shape[:stacked]), *shape[stacked:]), np.float32)
-    for i, matrix in enumerate(flat):
+
+    def fill(i):
       rng = np.random.default_rng([seed, name, i])
-      rng.standard_normal(out=matrix, dtype=np.float32)
-      matrix *= leaf.std
+      rng.standard_normal(out=flat[i], dtype=np.float32)
+      flat[i] *= leaf.std
+
+    list(pool.map(fill, range(len(flat))))  # NumPy draws without the GIL.
     return jnp.asarray(flat.reshape(shape))
 
-  return jax.tree_util.tree_map_with_path(
-    draw, abstract, is_leaf=lambda x: isinstance(x, Parameter)
-  )
+  with futures.ThreadPoolExecutor() as pool:
+    return jax.tree_util.tree_map_with_path(
+      draw, abstract, is_leaf=lambda x: isinstance(x, Parameter)
+    )

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 _NEG_INF = -1e30  # Finite: a row of a padding query must not become NaN.
 _MAX_BLOCKS = 16  # Blocks are unrolled, so that each has a static key extent.
-_MIN_BLOCK = 128
+_MIN_BLOCK = 256
 
 
 def attend_reference(q_BTNH, k_BTNH, v_BTNU, scale, segments_BT=None):

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from deepseek_jax.config import MoEConfig
 
 # Tokens whose logits exist at once, as [chunk, V] in float32.  For V = 129,280
-# a chunk of 512 is 265 MB; all 4,096 tokens of a sequence would be 2.1 GB.
-_CHUNK_ELEMENTS = 1 << 26
+# they are 265 MB; all 4,096 tokens of a sequence would be 2.1 GB.
+_CHUNK_TOKENS = 512
 
 
 class CrossEntropy(NamedTuple):
@@ -25,9 +25,9 @@ class CrossEntropy(NamedTuple):
   nll: jax.Array
 
 
-def _chunk_length(batch: int, length: int, vocab: int) -> int:
-  """The longest divisor of `length` whose logits stay below the limit."""
-  limit = max(1, _CHUNK_ELEMENTS // (batch * vocab))
+def _chunk_length(batch: int, length: int) -> int:
+  """The longest divisor of `length` for which a chunk stays below the limit."""
+  limit = max(1, _CHUNK_TOKENS // batch)
   return max(t for t in range(1, length + 1) if length % t == 0 and t <= limit)
 
 
@@ -84,7 +84,7 @@ def cross_entropy(
 
 
 def _forward(hidden, head, targets, weights, z_loss, with_grad):
-  chunk = _chunk_length(*targets.shape, head.shape[0])
+  chunk = _chunk_length(*targets.shape)
 
   def body(carry, xs):
     sums, head_grad = carry
@@ -130,7 +130,7 @@ cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 def greedy(hidden_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
   """The most likely token at each position, chunk by chunk: int32 [B, T]."""
-  chunk = _chunk_length(*hidden_BTD.shape[:2], head_VD.shape[0])
+  chunk = _chunk_length(*hidden_BTD.shape[:2])
 
   def best(hidden):
     return logits(hidden, head_VD).argmax(-1).astype(jnp.int32)

@@ -19,6 +19,7 @@ from deepseek_jax.training import (
   checkpoint,
   optimizer,
   plots,
+  process,
   schedules,
   step_log,
 )
@@ -65,7 +66,7 @@ def train(
     SystemExit: 128 + signal, after SIGTERM or SIGINT and a checkpoint.
   """
   started, workdir = time.perf_counter(), pathlib.Path(workdir).expanduser()
-  use_compilation_cache(config)
+  process.prepare(config)
   with contextlib.ExitStack() as stack:
     stack.enter_context(checkpoint.lock(workdir))
     _announce(config, workdir, base)
@@ -109,14 +110,6 @@ def train(
     write_samples(workdir, model, state, corpus, config)
     plots.draw(workdir)
     _say_goodbye(workdir, done)
-
-
-def use_compilation_cache(config: config_lib.Config) -> None:
-  """Keeps compiled programs under `data.cache_dir`, unless JAX has a cache."""
-  if jax.config.jax_compilation_cache_dir is None:
-    path = pathlib.Path(config.data.cache_dir).expanduser() / 'xla'
-    jax.config.update('jax_compilation_cache_dir', str(path))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 
 
 class _Interrupt(contextlib.AbstractContextManager):
