@@ -1,5 +1,7 @@
 """A Transformer layer: attention and feed-forward, each behind an RMSNorm."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 
@@ -29,7 +31,9 @@ class Block(nn.Module):
     positions_BT: jax.Array,
     segments_BT: jax.Array | None,
     mask_BT: jax.Array,
-  ) -> tuple[jax.Array, MoEStats | None]:
+    cache: Any = None,
+    prefill: bool = False,
+  ) -> tuple[jax.Array, MoEStats | None] | tuple[Any, ...]:
     """One layer.
 
     Args:
@@ -37,23 +41,31 @@ class Block(nn.Module):
       positions_BT: int32, for RoPE.
       segments_BT: int32; attention stays within a segment.  None: no mask.
       mask_BT: float32, 0 for padding; see `MoE`.
+      cache: of the attention, for inference; see `MLA` and `GQA`.
+      prefill: likewise.
 
     Returns:
-      The residual stream, and the routing statistics of an MoE layer.
+      The residual stream, the routing statistics of an MoE layer, and, if there
+      was one, the cache with the new tokens in it.
     """
     c = self.config
     attn = (MLA if c.attention == 'mla' else GQA)(c, name='attn')
     scale = params.norm_scale(self, 'attn_norm', c.dim)
-    x_BTD += attn(
-      norms.rms_norm(x_BTD, scale, c.norm_eps), positions_BT, segments_BT
-    )
+    hidden_BTD = norms.rms_norm(x_BTD, scale, c.norm_eps)
+    decodes = cache is not None
+    if decodes:
+      out_BTD, cache = attn(hidden_BTD, positions_BT, None, cache, prefill)
+    else:
+      out_BTD = attn(hidden_BTD, positions_BT, segments_BT)
+    x_BTD += out_BTD
     scale = params.norm_scale(self, 'ffn_norm', c.dim)
     hidden_BTD = norms.rms_norm(x_BTD, scale, c.norm_eps)
     if self.is_moe:
-      out_BTD, stats = MoE(c, name='ffn')(hidden_BTD, mask_BT)
+      out_BTD, stats = MoE(c, name='ffn')(hidden_BTD, mask_BT, decodes)
     else:
       out_BTD, stats = (
         MLP(c.inter_dim, c.init_std, name='ffn')(hidden_BTD),
         None,
       )
-    return x_BTD + out_BTD, stats
+    x_BTD += out_BTD
+    return (x_BTD, stats, cache) if decodes else (x_BTD, stats)

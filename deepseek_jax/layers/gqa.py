@@ -6,7 +6,10 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.layers import params
-from deepseek_jax.ops import attention, rope
+from deepseek_jax.ops import attention, cached_attention, rope
+
+# Keys and values of earlier tokens, each [B, S, n_kv_heads, H].
+Cache = tuple[jax.Array, jax.Array]
 
 
 class GQA(nn.Module):
@@ -25,8 +28,10 @@ class GQA(nn.Module):
     x_BTD: jax.Array,
     positions_BT: jax.Array,
     segments_BT: jax.Array | None = None,
-  ) -> jax.Array:
-    """[B, T, D] to [B, T, D] in the dtype of `x_BTD`."""
+    cache: Cache | None = None,
+    prefill: bool = False,
+  ) -> jax.Array | tuple[jax.Array, Cache]:
+    """[B, T, D] to [B, T, D]; with a cache of keys and values as for `MLA`."""
     c = self.config
     H = c.gqa.head_dim
 
@@ -38,8 +43,35 @@ class GQA(nn.Module):
     q = rope.rotate(project('wq', c.n_heads), positions_BT, c.rope)
     k = rope.rotate(project('wk', c.n_kv_heads), positions_BT, c.rope)
     v = project('wv', c.n_kv_heads)
-    k, v = (jnp.repeat(y, c.n_heads // c.n_kv_heads, axis=2) for y in (k, v))
-    out = attention.attend(q, k, v, rope.softmax_scale(c.rope, H), segments_BT)
+    scale = rope.softmax_scale(c.rope, H)
+    if cache is None:
+      out = attention.attend(q, *self._repeat(k, v), scale, segments_BT)
+    elif prefill:
+      out, cache = self._attend_chunk(q, (k, v), cache, positions_BT, scale)
+    else:
+      cache = tuple(
+        cached_attention.write_rows(old, new, positions_BT)
+        for old, new in zip(cache, (k, v))
+      )
+      out = cached_attention.attend_rows(q, *cache, positions_BT, scale)
     init = params.normal(c.init_std, 'heads', None, 'dim')
     wo = self.param('wo', init, (c.n_heads, H, c.dim), jnp.float32)
-    return jnp.einsum('BTNH,NHD->BTD', out, wo.astype(x_BTD.dtype))
+    out_BTD = jnp.einsum('BTNH,NHD->BTD', out, wo.astype(x_BTD.dtype))
+    return out_BTD if cache is None else (out_BTD, cache)
+
+  def _repeat(self, *heads):
+    times = self.config.n_heads // self.config.n_kv_heads
+    return (jnp.repeat(x, times, axis=2) for x in heads)
+
+  def _attend_chunk(self, q, new, cache, positions_BT, scale):
+    start, T = positions_BT[0, 0], q.shape[1]
+    cache = tuple(
+      cached_attention.write_chunk(old, x, start) for old, x in zip(cache, new)
+    )
+
+    def read(first):
+      blocks = (jax.lax.dynamic_slice_in_dim(x, first, T, 1) for x in cache)
+      return tuple(self._repeat(*blocks))
+
+    width = self.config.gqa.head_dim
+    return cached_attention.attend_chunk(q, read, width, start, scale), cache

@@ -1,4 +1,4 @@
-"""Multi-head latent attention, in its expanded form (V3 section 2.1.1)."""
+"""Multi-head latent attention, expanded and absorbed (V3 section 2.1.1)."""
 
 import flax.linen as nn
 import jax
@@ -7,7 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.layers import params
-from deepseek_jax.ops import attention, norms, rope
+from deepseek_jax.ops import attention, cached_attention, norms, rope
 
 
 class MLA(nn.Module):
@@ -26,25 +26,45 @@ class MLA(nn.Module):
     x_BTD: jax.Array,
     positions_BT: jax.Array,
     segments_BT: jax.Array | None = None,
-  ) -> jax.Array:
-    """Equations 1 to 11; [B, T, D] to [B, T, D] in the dtype of `x_BTD`."""
+    cache_BSX: jax.Array | None = None,
+    prefill: bool = False,
+  ) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Equations 1 to 11; [B, T, D] to [B, T, D] in the dtype of `x_BTD`.
+
+    Args:
+      x_BTD: tokens.
+      positions_BT: int32.
+      segments_BT: int32; None: no mask.  Not used with a cache.
+      cache_BSX: normalised latent and rotated shared key, [B, S, C + P], of
+        earlier tokens; the new ones are added and the cache returned as well.
+      prefill: a chunk of T tokens from one common start, a multiple of T, in
+        the expanded form; otherwise the absorbed form, tokens anywhere.
+    """
     c, mla = self.config, self.config.mla
     q_nope, q_pe = self._queries(x_BTD, positions_BT)
-    k_nope, k_pe, v_BTNU = self._keys_values(x_BTD, positions_BT)
-    k_pe = jnp.broadcast_to(
-      k_pe[:, :, None], (*k_nope.shape[:3], k_pe.shape[-1])
+    c_kv, k_pe = self._latents(x_BTD, positions_BT)
+    wkv_b = self._weight(
+      'wkv_b',
+      (mla.kv_lora_rank, c.n_heads, mla.qk_nope_head_dim + mla.v_head_dim),
+      (None, 'heads', None),
+    ).astype(c_kv.dtype)
+    scale = rope.softmax_scale(
+      c.rope, mla.qk_nope_head_dim + mla.qk_rope_head_dim
     )
-    out_BTNU = attention.attend(
-      jnp.concatenate([q_nope, q_pe], -1),
-      jnp.concatenate([k_nope, k_pe], -1),
-      v_BTNU,
-      rope.softmax_scale(c.rope, mla.qk_nope_head_dim + mla.qk_rope_head_dim),
-      segments_BT,
-    )
+    if cache_BSX is None:
+      q, (k, v) = _join(q_nope, q_pe), self._expand(c_kv, k_pe, wkv_b)
+      out_BTNU = attention.attend(q, k, v, scale, segments_BT)
+    else:
+      new_BTX = _join(c_kv, k_pe)
+      attend = self._attend_chunk if prefill else self._attend_rows
+      out_BTNU, cache_BSX = attend(
+        q_nope, q_pe, new_BTX, cache_BSX, positions_BT, wkv_b, scale
+      )
     wo = self._weight(
       'wo', (c.n_heads, mla.v_head_dim, c.dim), ('heads', None, 'dim')
     )
-    return jnp.einsum('BTNU,NUD->BTD', out_BTNU, wo.astype(x_BTD.dtype))
+    out_BTD = jnp.einsum('BTNU,NUD->BTD', out_BTNU, wo.astype(x_BTD.dtype))
+    return out_BTD if cache_BSX is None else (out_BTD, cache_BSX)
 
   def _weight(self, name, shape, axes):
     init = params.normal(self.config.init_std, *axes)
@@ -67,8 +87,8 @@ class MLA(nn.Module):
     q_nope, q_pe = jnp.split(q_BTNH, [mla.qk_nope_head_dim], -1)
     return q_nope, rope.rotate(q_pe, positions_BT, c.rope)
 
-  def _keys_values(self, x_BTD, positions_BT):
-    """`k_nope` [B, T, N, H], rotated shared `k_pe` [B, T, P], `v`."""
+  def _latents(self, x_BTD, positions_BT):
+    """Normalised `c_kv` [B, T, C] and rotated shared `k_pe` [B, T, P]."""
     c, mla = self.config, self.config.mla
     width = mla.kv_lora_rank + mla.qk_rope_head_dim
     wkv_a = self._weight('wkv_a', (c.dim, width), ('dim', None))
@@ -76,11 +96,53 @@ class MLA(nn.Module):
     c_kv, k_pe = jnp.split(latent, [mla.kv_lora_rank], -1)
     scale = params.norm_scale(self, 'kv_norm', mla.kv_lora_rank)
     c_kv = norms.rms_norm(c_kv, scale, c.norm_eps)
-    wkv_b = self._weight(
-      'wkv_b',
-      (mla.kv_lora_rank, c.n_heads, mla.qk_nope_head_dim + mla.v_head_dim),
-      (None, 'heads', None),
+    return c_kv, rope.rotate(k_pe, positions_BT, c.rope)
+
+  def _expand(self, c_kv, k_pe, wkv_b):
+    """Keys [B, T, N, H + P] and values [B, T, N, U] of latents."""
+    kv = jnp.einsum('BTC,CNH->BTNH', c_kv, wkv_b)
+    k_nope, v_BTNU = jnp.split(kv, [self.config.mla.qk_nope_head_dim], -1)
+    k_pe = jnp.broadcast_to(
+      k_pe[:, :, None], (*k_nope.shape[:3], k_pe.shape[-1])
     )
-    kv = jnp.einsum('BTC,CNH->BTNH', c_kv, wkv_b.astype(c_kv.dtype))
-    k_nope, v_BTNU = jnp.split(kv, [mla.qk_nope_head_dim], -1)
-    return k_nope, rope.rotate(k_pe, positions_BT, c.rope), v_BTNU
+    return _join(k_nope, k_pe), v_BTNU
+
+  def _attend_chunk(
+    self, q_nope, q_pe, new_BTX, cache_BSX, positions_BT, wkv_b, scale
+  ):
+    """Prefill: the latents of each block of keys are expanded."""
+    mla, (start, T) = self.config.mla, (positions_BT[0, 0], q_pe.shape[1])
+    cache_BSX = cached_attention.write_chunk(cache_BSX, new_BTX, start)
+
+    def read(first):
+      block = jax.lax.dynamic_slice_in_dim(cache_BSX, first, T, 1)
+      return self._expand(*jnp.split(block, [mla.kv_lora_rank], -1), wkv_b)
+
+    q = _join(q_nope, q_pe)
+    out = cached_attention.attend_chunk(q, read, mla.v_head_dim, start, scale)
+    return out, cache_BSX
+
+  def _attend_rows(
+    self, q_nope, q_pe, new_BTX, cache_BSX, positions_BT, wkv_b, scale
+  ):
+    """Decoding: W_UK goes to the queries and W_UV to the output instead.
+
+    Every head then attends to the one row of latent and key per token, as in
+    multi-query attention.
+    """
+    mla = self.config.mla
+    w_uk, w_uv = jnp.split(wkv_b, [mla.qk_nope_head_dim], -1)
+    cache_BSX = cached_attention.write_rows(cache_BSX, new_BTX, positions_BT)
+    q_latent = jnp.einsum('BTNH,CNH->BTNC', q_nope, w_uk)
+    shared = cache_BSX[:, :, None]
+    # The values are the latents: the columns of the rotated key are dropped
+    # after the product, for to cut them off before would copy the cache.
+    out = cached_attention.attend_rows(
+      _join(q_latent, q_pe), shared, shared, positions_BT, scale
+    )
+    out_BTNC = out[..., : mla.kv_lora_rank]
+    return jnp.einsum('BTNC,CNU->BTNU', out_BTNC, w_uv), cache_BSX
+
+
+def _join(x, y):
+  return jnp.concatenate([x, y], -1)

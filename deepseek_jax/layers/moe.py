@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.layers import params
 from deepseek_jax.layers.mlp import MLP
-from deepseek_jax.ops import experts, losses, routing
+from deepseek_jax.ops import expert_decode, experts, losses, routing
 
 
 class MoEStats(NamedTuple):
@@ -39,24 +39,27 @@ class MoE(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BTD: jax.Array, mask_BT: jax.Array
+    self, x_BTD: jax.Array, mask_BT: jax.Array, decodes: bool = False
   ) -> tuple[jax.Array, MoEStats]:
     """Returns the layer's output, without the residual, and its statistics.
 
     Args:
       x_BTD: normalised input, compute dtype.
       mask_BT: float32, 0 for padding, which is routed but not counted.
+      decodes: inference: no gradient is taken, the tokens may be few, and none
+        is dropped over capacity, for what follows a token is not known.
     """
     moe = self.config.moe
     route = self._route(x_BTD)
     dropped = jnp.zeros((), jnp.float32)
-    if moe.capacity_factor:
+    if moe.capacity_factor and not decodes:
       kept = routing.drop_over_capacity(route, moe, mask_BT)
       lost = (kept.weights_TK == 0) & (route.weights_TK != 0)
       dropped = jnp.sum(lost * mask_BT[..., None], dtype=jnp.float32)
       route = kept
     B, T, D = x_BTD.shape
-    y_TD = experts.expert_ffn(
+    ffn = expert_decode.expert_ffn if decodes else experts.expert_ffn
+    y_TD = ffn(
       x_BTD.reshape(B * T, D),
       *self._expert_weights(x_BTD),
       route.expert_ids_TK.reshape(B * T, -1),

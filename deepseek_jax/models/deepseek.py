@@ -1,5 +1,6 @@
 """The DeepSeek Transformer (V3 section 2)."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -135,6 +136,95 @@ class Transformer(nn.Module):
   ) -> jax.Array:
     """The main head's float32 logits [B, T, V]."""
     return self.unembed(self.encode(tokens_BT, segments_BT))
+
+  def extend(
+    self,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    mask_BT: jax.Array,
+    caches: Sequence[Any],
+    prefill: bool = False,
+  ) -> tuple[jax.Array, tuple[Any, ...], jax.Array | None]:
+    """The main model on new tokens, after those in the caches of its layers.
+
+    Layers are unrolled: a loop over stacked parameters copies each layer's on
+    every pass, and their matrices are nearly all that a decoded token reads.
+    So the stacks are best given as lists of layers: `inference/weights.py`.
+
+    Args:
+      tokens_BT: int32.
+      positions_BT: int32, where they lie.
+      mask_BT: float32, 0 for what is not counted in the load.
+      caches: one per layer; see `MLA` and `GQA`.
+      prefill: likewise.
+
+    Returns:
+      `Output.hidden_BTD`; the caches; float32 tokens per MoE layer and expert,
+      [layers, E], None without an MoE layer.
+    """
+    x_BTD = self.embed.astype(self.dtype)[tokens_BT]
+    layers, counts, new_caches = self._layers(), [], []
+    for name in ('dense_layers', 'moe_layers'):
+      layer, count = layers[name]
+      for i in range(count):
+        x_BTD, stats, cache = layer.apply(
+          self._one(name, i),
+          x_BTD,
+          positions_BT,
+          None,
+          mask_BT,
+          caches[len(new_caches)],
+          prefill,
+        )
+        new_caches.append(cache)
+        counts += [stats.counts_E] if stats else []
+    hidden_BTD = norms.rms_norm(x_BTD, self.norm, self.config.norm_eps)
+    load_LE = jnp.stack(counts) if counts else None
+    return hidden_BTD, tuple(new_caches), load_LE
+
+  def extend_ahead(
+    self,
+    depth: int,
+    hidden_BTD: jax.Array,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    cache: Any,
+    prefill: bool = False,
+  ) -> tuple[jax.Array, Any]:
+    """MTP module `depth`, from 1, on new tokens; the others as for `extend`.
+
+    Args:
+      depth: k.
+      hidden_BTD: h^{k-1} at `positions_BT`.
+      tokens_BT: t_{i+k} for position i.
+      positions_BT: int32.
+      cache: of this module.
+      prefill: see `MLA`.
+
+    Returns:
+      h^k, and the cache.
+    """
+    embeddings_BTD = self.embed.astype(self.dtype)[tokens_BT]
+    hidden_BTD, _, cache = self._layers()['mtp'][0].apply(
+      self._one('mtp', depth - 1),
+      hidden_BTD,
+      embeddings_BTD,
+      positions_BT,
+      None,
+      jnp.ones(tokens_BT.shape, jnp.float32),
+      cache,
+      prefill,
+    )
+    return hidden_BTD, cache
+
+  def _one(self, name: str, i: int) -> Any:
+    """The collections of one layer, of stacked arrays or lists of layers."""
+    return {
+      collection: stacked[i]
+      if isinstance(stacked, (list, tuple))
+      else jax.tree.map(lambda v: v[i], stacked)
+      for collection, stacked in self.stacks[name].items()
+    }
 
   def _layer_args(self, segments_BT):
     """(positions, segments for attention, padding mask) of every layer."""

@@ -1,5 +1,7 @@
 """Multi-token prediction modules (V3 section 2.2)."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -32,7 +34,9 @@ class MTP(nn.Module):
     positions_BT: jax.Array,
     segments_BT: jax.Array | None,
     mask_BT: jax.Array,
-  ) -> tuple[jax.Array, MoEStats | None]:
+    cache: Any = None,
+    prefill: bool = False,
+  ) -> tuple[jax.Array, MoEStats | None] | tuple[Any, ...]:
     """Equations 21 to 23.
 
     Args:
@@ -44,10 +48,12 @@ class MTP(nn.Module):
       positions_BT: int32.
       segments_BT: int32 or None, as for `Block`.
       mask_BT: float32, 0 where t_{i+k} does not exist.
+      cache: of `block`, for inference, and
+      prefill: as for `Block`.
 
     Returns:
       h^k after `norm`, for the output head and depth k + 1; the statistics of
-      routing.
+      routing; the cache, if there was one.
     """
     c = self.config
 
@@ -62,5 +68,7 @@ class MTP(nn.Module):
     is_moe = c.moe.n_routed_experts > 0
     block = Block(c, is_moe=is_moe, name='block')
     x_BTD = both @ eh_proj.astype(both.dtype)
-    x_BTD, stats = block(x_BTD, positions_BT, segments_BT, mask_BT)
-    return norm('norm', x_BTD), stats
+    x_BTD, *rest = block(
+      x_BTD, positions_BT, segments_BT, mask_BT, cache, prefill
+    )
+    return norm('norm', x_BTD), *rest

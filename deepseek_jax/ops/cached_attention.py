@@ -1,0 +1,130 @@
+"""Attention of new tokens to a cache of earlier ones (V3 section 2.1.1).
+
+A cache has room for S positions; position j of a sequence lies in row j, and
+what lies beyond a query's own position is never read, whatever it is.  Two
+forms, as in the released code:
+
+* `attend_rows`: few queries, at a place of its own in each sequence: decoding.
+  MLA hands in its absorbed queries and the latents as one shared head; MHA, GQA
+  and MQA their keys and values.
+* `attend_chunk`: many queries from one common start: prefill.  Keys and values
+  come block by block, so that latents are expanded a block at a time.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+_NEG_INF = -1e30  # Finite: a query that sees no key must not become NaN.
+
+
+def write_rows(
+  cache_BSX: jax.Array, new_BTX: jax.Array, positions_BT: jax.Array
+) -> jax.Array:
+  """Stores each token at its own position; positions outside are dropped."""
+  rows = jnp.arange(cache_BSX.shape[0])[:, None]
+  # A negative index would count from the end.
+  inside = jnp.where(positions_BT < 0, cache_BSX.shape[1], positions_BT)
+  return cache_BSX.at[rows, inside].set(
+    new_BTX.astype(cache_BSX.dtype), mode='drop'
+  )
+
+
+def write_chunk(
+  cache_BSX: jax.Array, new_BTX: jax.Array, start: jax.Array
+) -> jax.Array:
+  """Stores T tokens of every sequence from `start`; start + T is at most S."""
+  return jax.lax.dynamic_update_slice_in_dim(
+    cache_BSX, new_BTX.astype(cache_BSX.dtype), start, 1
+  )
+
+
+def attend_rows(
+  q_BTNX: jax.Array,
+  k_BSnX: jax.Array,
+  v_BSnU: jax.Array,
+  positions_BT: jax.Array,
+  scale: float,
+) -> jax.Array:
+  """Softmax attention of few queries to all that was cached before them.
+
+  Args:
+    q_BTNX: queries; N is a multiple of the n key-value heads.
+    k_BSnX: the cache, the new tokens included.
+    v_BSnU: likewise.
+    positions_BT: of the queries, int32.
+    scale: of the scores.
+
+  Returns:
+    [B, T, N, U] in the dtype of `v_BSnU`.
+  """
+  B, T, N, X = q_BTNX.shape
+  S, n = k_BSnX.shape[1:3]
+  scores = jnp.einsum(
+    'BTnrX,BSnX->BnrTS',
+    q_BTNX.reshape(B, T, n, N // n, X),
+    k_BSnX,
+    preferred_element_type=jnp.float32,
+  )
+  visible_BTS = jnp.arange(S) <= positions_BT[..., None]
+  scores = jnp.where(visible_BTS[:, None, None], scores * scale, _NEG_INF)
+  probs = jax.nn.softmax(scores, axis=-1).astype(v_BSnU.dtype)
+  out = jnp.einsum('BnrTS,BSnU->BTnrU', probs, v_BSnU)
+  return out.reshape(B, T, N, v_BSnU.shape[-1])
+
+
+def attend_chunk(
+  q_BTNX: jax.Array,
+  read: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+  width: int,
+  start: jax.Array,
+  scale: float,
+) -> jax.Array:
+  """Causal attention of the queries at [start, start + T) to [0, start + T).
+
+  The loop takes as many blocks of T keys as there are: nothing is computed for
+  the unused part of the cache.
+
+  Args:
+    q_BTNX: queries of one chunk.
+    read: first position of a block -> its keys [B, T, N, X] and values
+      [B, T, N, U].
+    width: U.
+    start: int32 scalar, a multiple of T.
+    scale: of the scores.
+
+  Returns:
+    [B, T, N, U] in the dtype of `q_BTNX`.
+  """
+  B, T, N, _ = q_BTNX.shape
+  q_BNTX = q_BTNX.swapaxes(1, 2)
+  offset = jnp.arange(T)
+
+  def body(i, carry):
+    out, top, total = carry
+    k, v = read(i * T)
+    scores = jnp.einsum(
+      'BNTX,BSNX->BNTS', q_BNTX, k, preferred_element_type=jnp.float32
+    )
+    visible = start + offset[:, None] >= i * T + offset
+    scores = jnp.where(visible, scores * scale, _NEG_INF)
+    new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
+    probs, decay = jnp.exp(scores - new_top), jnp.exp(top - new_top)
+    product = jnp.einsum(
+      'BNTS,BSNU->BNTU',
+      probs.astype(v.dtype),
+      v,
+      preferred_element_type=jnp.float32,
+    )
+    total = total * decay + probs.sum(-1, keepdims=True)
+    return out * decay + product, new_top, total
+
+  column = (B, N, T, 1)
+  carry = (
+    jnp.zeros((B, N, T, width), jnp.float32),
+    jnp.full(column, _NEG_INF, jnp.float32),
+    jnp.zeros(column, jnp.float32),
+  )
+  out, _, total = jax.lax.fori_loop(0, start // T + 1, body, carry)
+  return (out / total).swapaxes(1, 2).astype(q_BTNX.dtype)

@@ -1,0 +1,54 @@
+"""Experts at inference: the training op's result, from routed experts only."""
+
+import jax
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from deepseek_jax.ops import expert_decode, experts
+from tests import tolerances
+
+_D, _F, _K = 12, 8, 3
+
+
+def _case(T, E, skew=0.0):
+  rng = np.random.default_rng(T)
+  chance = np.arange(1, E + 1.0) ** -skew
+  ids = np.stack(
+    [rng.choice(E, _K, False, chance / chance.sum()) for _ in range(T)]
+  )
+  shapes = ((T, _D), (E, _D, _F), (E, _F, _D), (E, _D, _F))
+  arrays = [rng.standard_normal(s).astype(np.float32) for s in shapes]
+  gates = rng.random((T, _K), np.float32)
+  return (*arrays, ids.astype(np.int32), gates)
+
+
+class ExpertFfnTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (1, 16, 0.0), (3, 16, 0.0), (8, 6, 0.0), (40, 5, 2.0), (70, 3, 0.0),
+    (100, 16, 3.0),
+  )  # fmt: skip
+  def test_is_the_training_op(self, T, E, skew):
+    case = _case(T, E, skew)
+    tolerances.assert_close(
+      jax.jit(expert_decode.expert_ffn)(*case),
+      jax.jit(experts.expert_ffn)(*case),
+      tolerances.COMPONENT_PARITY,
+    )
+
+  @parameterized.parameters(1, 2, 9)
+  def test_reads_only_the_experts_that_were_chosen(self, T):
+    x, *matrices, ids, gates = _case(T, 32)
+    unused = np.setdiff1d(np.arange(32), ids)
+    self.assertNotEmpty(unused)
+    for w in matrices:
+      w[unused] = np.nan
+    out = jax.jit(expert_decode.expert_ffn)(x, *matrices, ids, gates)
+    self.assertTrue(np.isfinite(out).all())
+
+  def test_blocks_are_as_small_as_the_rows_are_few(self):
+    sizes = [expert_decode.block_size(r, 32) for r in (4, 32, 33, 256, 9999)]
+    self.assertEqual(sizes, [1, 1, 2, 8, 64])
+
+
+if __name__ == '__main__':
+  absltest.main()
