@@ -34,6 +34,7 @@ setuptools.setup(
     'flax>=0.12',
     'grain>=0.2.18',
     'jax>=0.10.2',
+    'jinja2',
     'matplotlib',
     'ml_dtypes',
     'numpy',

@@ -1,13 +1,17 @@
-"""Continues a text with a trained model.
+"""Continues texts with a trained or converted model, or talks to it.
 
     python -m experiments.generate --prompt='import '      # runs/quickstart
-    python -m experiments.generate --workdir=runs/aux --ema --temperature=0
+    python -m experiments.generate --prompt='def ' --prompt='class ' --ema
+    python -m experiments.generate --temperature=0 --speculative=1
+    python -m experiments.generate --workdir=runs/chat --interactive
 
-Reads the newest checkpoint, also while the run goes on.  Every new token costs
-a pass over the whole text.
+Reads the newest checkpoint, also while the run goes on.  A single text appears
+as it is made; speed, and how many drafts of MTP stood, go to stderr.
 """
 
 import pathlib
+import sys
+import time
 
 from absl import flags as absl_flags
 
@@ -17,44 +21,164 @@ _WORKDIR = absl_flags.DEFINE_string(
   'workdir', 'runs/quickstart', 'Directory of the run.'
 )
 _EMA = absl_flags.DEFINE_bool('ema', False, 'Use the averaged parameters.')
-_PROMPT = absl_flags.DEFINE_string('prompt', 'import ', 'Text to continue.')
+_PROMPT = absl_flags.DEFINE_multi_string(
+  'prompt', ['import '], 'Text to continue; repeat it for a batch.'
+)
+_PROMPTS_FILE = absl_flags.DEFINE_string(
+  'prompts_file', '', 'A text per line, instead of --prompt.'
+)
+_INTERACTIVE = absl_flags.DEFINE_bool(
+  'interactive',
+  False,
+  'Read texts from the terminal: turns of a conversation, if the tokenizer in '
+  'the workdir has a chat template.',
+)
 _MAX_NEW_TOKENS = absl_flags.DEFINE_integer(
   'max_new_tokens', 128, 'At most so many are added.', lower_bound=1
 )
 _TEMPERATURE = absl_flags.DEFINE_float(
   'temperature', 0.8, '0: always the likeliest token.', lower_bound=0
 )
+_TOP_K = absl_flags.DEFINE_integer(
+  'top_k', 0, 'Only the k likeliest tokens; 0: all.', lower_bound=0
+)
+_TOP_P = absl_flags.DEFINE_float(
+  'top_p', 1.0, 'Only the likeliest tokens that first sum to it.'
+)
+_SPECULATIVE = absl_flags.DEFINE_integer(
+  'speculative', 0, 'Tokens that MTP drafts per pass; 0: none.', lower_bound=0
+)
 _SEED = absl_flags.DEFINE_integer('seed', 0, 'Of the draws.', lower_bound=0)
 
 
+class Generator:
+  """A loaded model that writes texts."""
+
+  def __init__(self, workdir: pathlib.Path):
+    from deepseek_jax.data import tokenizer as tokenizer_lib
+    from deepseek_jax.inference import weights
+    from deepseek_jax.training import checkpoint, process
+    from deepseek_jax.training import step as step_lib
+
+    config, variables, _ = checkpoint.load_for_inference(workdir, _EMA.value)
+    process.prepare(config)
+    self.tokenizer = tokenizer_lib.Tokenizer.load(workdir / 'tokenizer.json')
+    self._model = step_lib.build_model(config)
+    self._variables = weights.unstack(self._model, variables)
+
+  def complete(self, prompts, on_tokens=None) -> list[list[int]]:
+    """The new tokens of each prompt; speed goes to stderr."""
+    from deepseek_jax.inference import generate
+
+    started = time.perf_counter()
+    result = generate.generate(
+      self._model,
+      self._variables,
+      prompts,
+      _MAX_NEW_TOKENS.value,
+      temperature=_TEMPERATURE.value,
+      top_k=_TOP_K.value,
+      top_p=_TOP_P.value,
+      seed=_SEED.value,
+      stop_ids=[self.tokenizer.eos_id],
+      drafts=_SPECULATIVE.value,
+      on_tokens=on_tokens,
+    )
+    count, seconds = sum(map(len, result.tokens)), time.perf_counter() - started
+    note = f'{count} tokens, {count / seconds:.1f} a second'
+    if result.acceptance:
+      shares = ', '.join(f'{share:.0%}' for share in result.acceptance)
+      note += f'; drafts that stood: {shares}'
+      note += f'; {result.tokens_per_pass:.2f} tokens a pass'
+    print(f'\n[{note}]', file=sys.stderr)
+    return result.tokens
+
+  def write(self, prompt: list[int], shown: int) -> list[int]:
+    """Completes one prompt on stdout as it comes, from token `shown` on."""
+    ids, written = list(prompt[shown:]), 0
+
+    def say(final=False):
+      nonlocal written
+      text = self.tokenizer.decode(ids)
+      # A character may begin in one token and end in the next.
+      end = len(text) if final else len(text.rstrip('\ufffd'))
+      print(text[written:end], end='', flush=True)
+      written = max(written, end)
+
+    def on_tokens(new):
+      ids.extend(new[0])
+      say()
+
+    say()
+    [output] = self.complete([prompt], on_tokens)
+    say(final=True)
+    print()
+    return output
+
+  def document(self, text: str) -> list[int]:
+    """As in training, where every document begins with this token."""
+    return [self.tokenizer.bos_id, *self.tokenizer.encode(text).tolist()]
+
+
+def _converse(generator: Generator, template: str) -> None:
+  """A turn per line, until the input ends."""
+  from deepseek_jax.inference import chat
+
+  tokenizer, messages = generator.tokenizer, []
+  bos, eos = (
+    tokenizer.decode([i], skip_specials=False)
+    for i in (tokenizer.bos_id, tokenizer.eos_id)
+  )
+  while True:
+    try:
+      line = input('> ')
+    except EOFError:
+      return
+    if not line:
+      continue
+    if not template:
+      generator.write(generator.document(line), 1)
+      continue
+    messages.append({'role': 'user', 'content': line})
+    text = chat.render(template, messages, bos, eos)
+    prompt = tokenizer.encode_marked(text).tolist()
+    output = generator.write(prompt, len(prompt))
+    messages.append({'role': 'assistant', 'content': tokenizer.decode(output)})
+
+
+def _prompts() -> list[str]:
+  if not _PROMPTS_FILE.value:
+    if not all(_PROMPT.value):
+      raise ValueError("--prompt is empty: give a text, such as 'import '")
+    return _PROMPT.value
+  path = pathlib.Path(_PROMPTS_FILE.value).expanduser()
+  if not path.is_file():
+    raise ValueError(f'--prompts_file={path}: no such file')
+  lines = [line for line in path.read_text('utf-8').splitlines() if line]
+  if not lines:
+    raise ValueError(f'--prompts_file={path}: no text in it')
+  return lines
+
+
 def main() -> None:
-  """Prints the prompt and what the model adds to it."""
+  """Prints every prompt and what the model adds to it."""
   workdir = pathlib.Path(_WORKDIR.value).expanduser()
   if not workdir.is_dir():
     raise ValueError(f'--workdir={workdir}: no such directory')
-  if not _PROMPT.value:
-    raise ValueError("--prompt is empty: give a text, such as 'import '")
-  from deepseek_jax.data import tokenizer as tokenizer_lib
-  from deepseek_jax.inference import generate
-  from deepseek_jax.training import checkpoint, loop
-  from deepseek_jax.training import step as step_lib
+  prompts = _prompts()
+  generator = Generator(workdir)
+  if _INTERACTIVE.value:
+    from deepseek_jax.inference import chat
 
-  config, variables, _ = checkpoint.load_for_inference(workdir, _EMA.value)
-  loop.use_compilation_cache(config)
-  tokenizer = tokenizer_lib.Tokenizer.load(workdir / 'tokenizer.json')
-  # As in training, where every document begins with this token.
-  prompt = [tokenizer.bos_id, *tokenizer.encode(_PROMPT.value)]
-  [output] = generate.generate(
-    step_lib.build_model(config),
-    variables,
-    [prompt],
-    _MAX_NEW_TOKENS.value,
-    temperature=_TEMPERATURE.value,
-    seed=_SEED.value,
-    stop_id=tokenizer.eos_id,
-  )
-  # Together: a character may begin in one and end in the other.
-  print(tokenizer.decode([*prompt, *output]))
+    _converse(generator, chat.load_template(workdir))
+    return
+  ids = [generator.document(prompt) for prompt in prompts]
+  if len(ids) == 1:
+    generator.write(ids[0], 1)
+    return
+  for prompt, output in zip(ids, generator.complete(ids)):
+    # Together: a character may begin in one and end in the other.
+    print(f'{generator.tokenizer.decode([*prompt, *output])}\n---')
 
 
 if __name__ == '__main__':

@@ -154,6 +154,17 @@ class Tokenizer:
     ):
       yield np.asarray(encoding.ids, np.int32)
 
+  def encode_marked(self, text: str) -> np.ndarray:
+    """As `encode`, but names of special tokens become these tokens.
+
+    For text from a chat template, whose markup they are; never for documents.
+    """
+    self._inner.encode_special_tokens = False
+    try:
+      return self.encode(text)
+    finally:
+      self._inner.encode_special_tokens = True
+
   def decode(self, ids: Sequence[int], skip_specials: bool = True) -> str:
     """Text of token ids; bytes that are no UTF-8 become U+FFFD.
 

@@ -70,8 +70,8 @@ def write_samples(
     min(_NEW_TOKENS, config.data.seq_len),
     temperature=_TEMPERATURE,
     seed=config.train.seed,
-    stop_id=tokenizer.eos_id,
-  )
+    stop_ids=[tokenizer.eos_id],
+  ).tokens
   texts = [
     f'=== {tokenizer.decode(prompt)!r}\n{tokenizer.decode(output)}\n'
     for prompt, output in zip(prompts, outputs)

@@ -1,24 +1,45 @@
-"""Continues token sequences, one forward pass of the whole text per token."""
+"""Continues prompts: prefill, then plain or speculative decoding."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.inference import cache as cache_lib
+from deepseek_jax.inference import decode as decode_lib
+from deepseek_jax.inference import prefill as prefill_lib
+from deepseek_jax.inference import speculative, weights
 from deepseek_jax.models import deepseek
+from deepseek_jax.ops import sampling
+
+_PASSES = 16  # Of the model, per compiled call; tokens are streamed so often.
+_ROOM = 64  # The cache's length is a multiple: few lengths, few programs.
 
 
-def sample_token(
-  logits_BV: jax.Array, temperature: jax.Array, key: jax.Array
-) -> jax.Array:
-  """Draws from softmax(logits / temperature); argmax at 0: int32 [B]."""
-  drawn = jax.random.categorical(
-    key, logits_BV / jnp.maximum(temperature, 1e-6)
-  )
-  greedy = jnp.argmax(logits_BV, -1)
-  return jnp.where(temperature > 0, drawn, greedy).astype(jnp.int32)
+class Generation(NamedTuple):
+  """What came of it.
+
+  Attributes:
+    tokens: the new tokens of each prompt, without the stop token.
+    load_LE: float32 [L, E], tokens that each expert of each MoE layer worked on
+      (rejected drafts included), for `load_balance`; None without MoE.
+    passes: of the main model after the first token, summed over prompts.
+    acceptance: per draft of a pass, the share that stood of those tested.
+  """
+
+  tokens: list[list[int]]
+  load_LE: np.ndarray | None
+  passes: float
+  acceptance: tuple[float, ...]
+
+  @property
+  def tokens_per_pass(self) -> float:
+    """1 for plain decoding, at most D + 1 for D drafts; 0 without a pass."""
+    # The stop token, if there was one, is not in `tokens`: a lower bound.
+    count = sum(max(len(tokens) - 1, 0) for tokens in self.tokens)
+    return count / self.passes if self.passes else 0.0
 
 
 def generate(
@@ -28,61 +49,137 @@ def generate(
   max_new_tokens: int,
   *,
   temperature: float = 0.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
   seed: int = 0,
-  stop_id: int = -1,
-) -> list[list[int]]:
-  """The new tokens of each prompt, without the stop token.
+  stop_ids: Sequence[int] = (),
+  drafts: int = 0,
+  chunk: int = 0,
+  on_tokens: Callable[[list[list[int]]], None] | None = None,
+) -> Generation:
+  """Continues every prompt.
+
+  Programs are compiled per number of prompts and per `_ROOM` tokens of text,
+  not per length.
 
   Args:
     model: the Transformer.
-    variables: its `params` and `router_state`.
+    variables: its `params` and `router_state`; `weights.unstack` them once to
+      generate often.
     prompts: token ids, at least one each; lengths may differ.
     max_new_tokens: at most so many are added.
     temperature: 0 is greedy.
-    seed: the same seed gives the same text.
-    stop_id: a sequence ends before this token; -1: none does.
+    top_k: only the k likeliest tokens; 0: all.
+    top_p: of those, the likeliest that first sum to it.
+    seed: a prompt and its place among the prompts give the same text again.
+    stop_ids: a text ends before any of these.
+    drafts: tokens that MTP proposes per pass; 0: plain decoding.
+    chunk: prompt tokens per pass; 0: a default.
+    on_tokens: is given the new tokens of each prompt as they come.
 
   Raises:
-    ValueError: on an empty prompt or a token outside the vocabulary.
+    ValueError: on an empty prompt, a token outside the vocabulary, a bad
+      setting, or drafts without an MTP module.
   """
-  V = model.config.vocab_size
+  _check(model.config, prompts, max_new_tokens, drafts, chunk)
+  how = sampling.sampling(temperature, top_k, top_p)
+  model = model.clone(remat='none', scan_layers=False, mask_documents=False)
+  variables = weights.unstack(model, variables)
+  stops = np.asarray(list(stop_ids), np.int32)
+  carry, tokens = _begin(
+    model, variables, prompts, max_new_tokens, drafts, chunk, seed, how, stops
+  )
+  texts = [[] for _ in prompts]
+  _hand_out(texts, tokens, on_tokens)
+  while np.any(_plain(carry).rows.budget_B > 0):
+    if drafts:
+      carry, tokens = speculative.decode(
+        model, drafts, _PASSES, variables, carry, how, stops
+      )
+    else:
+      carry, tokens = decode_lib.decode(
+        model, _PASSES, variables, carry, how, stops
+      )
+    _hand_out(texts, tokens, on_tokens)
+  return _result(texts, carry, prompts)
+
+
+def _plain(carry):
+  return carry.plain if isinstance(carry, speculative.Carry) else carry
+
+
+def _begin(
+  model, variables, prompts, max_new_tokens, drafts, chunk, seed, how, stops
+):
+  """Prefill and the first token of every prompt."""
+  B, M = len(prompts), min(drafts, model.config.n_mtp_layers)
+  longest = max(len(p) for p in prompts)
+  T = prefill_lib.chunk_length(longest, chunk)
+  room = max(longest + max_new_tokens + drafts + 1, -(-longest // T) * T)
+  empty = cache_lib.init(
+    model.config, B, -(-room // _ROOM) * _ROOM, model.dtype, M
+  )
+  done = prefill_lib.prefill(
+    model, variables, empty, prompts, window=max(M, 1), chunk=T
+  )
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(
+    jax.random.key(seed), jnp.arange(B)
+  )
+  budget = jnp.full(B, max_new_tokens, jnp.int32)
+  rows = decode_lib.Rows(jnp.zeros(B, jnp.int32), budget, keys)
+  rows, tokens = decode_lib.first(
+    model,
+    variables,
+    done.last_BWD[:, -1],
+    done.cache.lengths_B,
+    rows,
+    how,
+    stops,
+  )
+  carry = decode_lib.Carry(done.cache, rows, done.load_LE)
+  if drafts:
+    tails = np.zeros((B, M - 1), np.int32)
+    for row, prompt in zip(tails, prompts):
+      tail = list(prompt[max(len(prompt) - M + 1, 0) :])
+      row[M - 1 - len(tail) :] = tail
+    carry = speculative.init_carry(carry, done.last_BWD, tails, drafts)
+  return carry, tokens
+
+
+def _hand_out(texts, tokens, on_tokens):
+  new = [row[row >= 0].tolist() for row in np.asarray(tokens)]
+  for text, tokens in zip(texts, new):
+    text.extend(tokens)
+  if on_tokens and any(new):
+    on_tokens(new)
+
+
+def _result(texts, carry, prompts):
+  plain = _plain(carry)
+  load = None if plain.load_LE is None else np.asarray(plain.load_LE)
+  if isinstance(carry, speculative.Carry):
+    tried, accepted = map(np.asarray, carry.tally[:2])
+    acceptance = tuple((accepted / np.maximum(tried, 1)).tolist())
+    return Generation(texts, load, float(carry.tally.passes), acceptance)
+  grown = int(np.sum(plain.cache.lengths_B)) - sum(len(p) for p in prompts)
+  return Generation(texts, load, float(grown), ())
+
+
+def _check(config, prompts, max_new_tokens, drafts, chunk):
+  V = config.vocab_size
+  if not len(prompts):
+    raise ValueError('prompts is empty: give at least one')
   for i, prompt in enumerate(prompts):
     if not len(prompt):
       raise ValueError(f'prompts[{i}] is empty: give at least one token')
     if not 0 <= min(prompt) <= max(prompt) < V:
       raise ValueError(f'prompts[{i}] has a token outside [0, vocab_size={V})')
-  lengths = np.array([len(p) for p in prompts], np.int32)
-  tokens = np.zeros((len(prompts), lengths.max() + max_new_tokens), np.int32)
-  for row, prompt in zip(tokens, prompts):
-    row[: len(prompt)] = prompt
-  # Off the training policies: nothing is kept for a backward pass.
-  model = model.clone(remat='none')
-  tokens = _decode(
-    model, variables, tokens, lengths, temperature, jax.random.key(seed)
-  )
-  return [
-    _until(row[n : n + max_new_tokens].tolist(), stop_id)
-    for row, n in zip(np.asarray(tokens), lengths)
-  ]
-
-
-@jax.jit(static_argnums=0)
-def _decode(model, variables, tokens_BT, lengths_B, temperature, key):
-  rows = jnp.arange(tokens_BT.shape[0])
-
-  def body(i, tokens_BT):
-    last_B = lengths_B + i - 1
-    # What lies beyond `last` is in the future and cannot be seen.
-    hidden_BTD = model.apply(variables, tokens_BT, method='encode')
-    logits_BV = model.apply(
-      variables, hidden_BTD[rows, last_B], method='unembed'
+  if max_new_tokens < 1:
+    raise ValueError(f'max_new_tokens={max_new_tokens}: use at least 1')
+  if chunk < 0:
+    raise ValueError(f'chunk={chunk}: use 0 (a default) or above')
+  if drafts < 0 or drafts and not config.n_mtp_layers:
+    raise ValueError(
+      f'drafts={drafts} with model.n_mtp_layers={config.n_mtp_layers}: use 0, '
+      'or a model with MTP'
     )
-    new_B = sample_token(logits_BV, temperature, jax.random.fold_in(key, i))
-    return tokens_BT.at[rows, last_B + 1].set(new_B)
-
-  n_new = tokens_BT.shape[1] - lengths_B.max()
-  return jax.lax.fori_loop(0, n_new, body, tokens_BT)
-
-
-def _until(tokens: list[int], stop_id: int) -> list[int]:
-  return tokens[: tokens.index(stop_id)] if stop_id in tokens else tokens

@@ -1,0 +1,177 @@
+"""EPLB: where redundant copies of busy experts go (V3 section 3.4).
+
+Deciding is arithmetic on the host: numpy only.  The loads are those that
+`generate.Generation.load_LE` collected, or of any other period.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Placement(NamedTuple):
+  """Replicas ("physical experts") of every layer's experts.
+
+  Replica r of P lies on device r // (P / devices), so that P / devices
+  neighbours share one.
+
+  Attributes:
+    experts_LP: int32, the expert that each replica is a copy of.
+    replicas_LEX: int32, the replicas of each expert, padded with -1.
+    counts_LE: int32, how many there are.
+  """
+
+  experts_LP: np.ndarray
+  replicas_LEX: np.ndarray
+  counts_LE: np.ndarray
+
+
+def pack(weights: np.ndarray, n_bins: int) -> tuple[np.ndarray, np.ndarray]:
+  """Spreads n items over bins of n / n_bins each, as evenly as greed gives.
+
+  The heaviest item not yet placed goes into the lightest bin with room.
+
+  Args:
+    weights: [n].
+    n_bins: divides n.
+
+  Returns:
+    int32 [n] each: the bin of every item, and its place in the bin.
+  """
+  n = len(weights)
+  bins, places = np.zeros(n, np.int32), np.zeros(n, np.int32)
+  if n == n_bins:  # One each: where is of no matter.
+    return np.arange(n, dtype=np.int32), places
+  load, filled = np.zeros(n_bins), np.zeros(n_bins, np.int32)
+  for item in np.argsort(-weights, kind='stable'):
+    b = np.where(filled < n // n_bins, load, np.inf).argmin()
+    bins[item], places[item] = b, filled[b]
+    load[b] += weights[item]
+    filled[b] += 1
+  return bins, places
+
+
+def replicate(
+  weights: np.ndarray, n_replicas: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Gives one more replica, time and again, to the busiest per replica.
+
+  Args:
+    weights: [n] loads.
+    n_replicas: at least n.
+
+  Returns:
+    int32 [n_replicas], what each is a copy of, the first n of them one of each
+    item; int32 [n], copies of each.
+  """
+  copies = np.ones(len(weights), np.int32)
+  items = list(range(len(weights)))
+  for _ in range(n_replicas - len(weights)):
+    busiest = int((weights / copies).argmax())
+    items.append(busiest)
+    copies[busiest] += 1
+  return np.array(items, np.int32), copies
+
+
+def place(
+  load_LE: np.ndarray,
+  n_replicas: int,
+  n_groups: int,
+  n_nodes: int,
+  n_devices: int,
+) -> Placement:
+  """Balances each layer's load over nodes, replicas and devices.
+
+  Hierarchical if the groups can be shared out among the nodes: a group, to
+  which routing is limited, then stays within one node.  Otherwise global, as if
+  there were one group on one node.
+
+  Args:
+    load_LE: tokens per layer and expert.
+    n_replicas: P, of all devices together.
+    n_groups: of experts; `model.moe.n_expert_groups`.
+    n_nodes: of the machine.
+    n_devices: of all nodes together.
+
+  Raises:
+    ValueError: if something does not divide, or P is below the experts.
+  """
+  load_LE = np.asarray(load_LE, np.float64)
+  E = load_LE.shape[1]
+  _check(load_LE, n_replicas, n_groups, n_nodes, n_devices)
+  if n_groups % n_nodes:
+    n_groups = n_nodes = 1
+  experts_LP = np.stack(
+    [_place(w, n_replicas, n_groups, n_nodes, n_devices) for w in load_LE]
+  )
+  counts_LE = np.stack([np.bincount(row, minlength=E) for row in experts_LP])
+  replicas = np.full((*load_LE.shape, counts_LE.max()), -1, np.int32)
+  for row, experts in zip(replicas, experts_LP):
+    for e in range(E):
+      found = np.flatnonzero(experts == e)
+      row[e, : len(found)] = found
+  return Placement(experts_LP, replicas, counts_LE.astype(np.int32))
+
+
+def _place(load_E, n_replicas, n_groups, n_nodes, n_devices):
+  """One layer: the expert of each replica, int32 [P]."""
+  size = len(load_E) // n_groups
+  nodes, places = pack(load_E.reshape(n_groups, size).sum(1), n_nodes)
+  # Groups in the order of the nodes they go to.
+  order = np.argsort(nodes * n_groups + places)
+  experts = (order[:, None] * size + np.arange(size)).reshape(n_nodes, -1)
+  rows = []
+  for own in experts:
+    items, copies = replicate(load_E[own], n_replicas // n_nodes)
+    devices, spots = pack((load_E[own] / copies)[items], n_devices // n_nodes)
+    per_device = len(items) // (n_devices // n_nodes)
+    row = np.zeros(len(items), np.int32)
+    row[devices * per_device + spots] = own[items]
+    rows.append(row)
+  return np.concatenate(rows)
+
+
+def to_replicas(
+  expert_ids_TK: np.ndarray, layer: int, placement: Placement
+) -> np.ndarray:
+  """The replica that serves each choice: int32 [T, K].
+
+  Copies of an expert take turns over the tokens that chose it, which shares
+  its load among them evenly.
+
+  Args:
+    expert_ids_TK: a router's choices.
+    layer: whose they are.
+    placement: of `place`.
+  """
+  flat = np.asarray(expert_ids_TK).reshape(-1)
+  E = placement.counts_LE.shape[1]
+  earlier = np.cumsum(flat[:, None] == np.arange(E), 0)
+  turn = earlier[np.arange(len(flat)), flat] - 1
+  turn %= placement.counts_LE[layer, flat]
+  replicas = placement.replicas_LEX[layer, flat, turn]
+  return replicas.reshape(np.shape(expert_ids_TK))
+
+
+def imbalance(load_LE: np.ndarray, placement: Placement, n_devices: int):
+  """Load of the busiest device over the mean, per layer: float64 [L]."""
+  share = np.asarray(load_LE, np.float64) / placement.counts_LE
+  replicas = np.take_along_axis(share, placement.experts_LP, 1)
+  devices = replicas.reshape(len(share), n_devices, -1).sum(-1)
+  return devices.max(-1) / devices.mean(-1)
+
+
+def _check(load_LE, n_replicas, n_groups, n_nodes, n_devices):
+  E = load_LE.shape[1]
+  if not np.isfinite(load_LE).all() or (load_LE < 0).any():
+    raise ValueError('load_LE has a negative or non-finite load: count tokens')
+  if n_replicas < E:
+    raise ValueError(f'n_replicas={n_replicas}: use at least one each of {E}')
+  if E % n_groups:
+    raise ValueError(f'n_groups={n_groups}: must divide the {E} experts')
+  if n_devices % n_nodes:
+    raise ValueError(f'n_nodes={n_nodes}: must divide n_devices={n_devices}')
+  if n_replicas % n_devices:
+    raise ValueError(
+      f'n_replicas={n_replicas}: must be a multiple of n_devices={n_devices}'
+    )

@@ -1,0 +1,121 @@
+"""Drafting with MTP loses nothing, and drafts as the modules were trained."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from deepseek_jax import config as config_lib
+from deepseek_jax import presets
+from deepseek_jax.inference import generate, weights
+from deepseek_jax.training import step as step_lib
+
+_PROMPTS = [[5, 3, 2], [7], [1, 2, 3, 4, 5, 6, 7, 0]]
+_NEW = 24
+
+
+@functools.cache
+def _model(n_mtp_layers, vocab_size=8, std=0.2):
+  """Of so few tokens that drafts stand now and then."""
+  config = config_lib.replace(
+    presets.tiny(),
+    {
+      'model.n_layers': 1,
+      'model.vocab_size': vocab_size,
+      'model.n_mtp_layers': n_mtp_layers,
+      'model.n_dense_layers': 0,
+      'model.init_std': std,
+    },
+  )
+  model = step_lib.build_model(config)
+  variables = step_lib.init_variables(model, 3)
+  return model, variables, weights.unstack(model, variables)
+
+
+@functools.cache
+def _plain(n_mtp_layers):
+  model, _, unstacked = _model(n_mtp_layers)
+  return generate.generate(model, unstacked, _PROMPTS, _NEW).tokens
+
+
+@pytest.mark.parametrize('n_mtp_layers, drafts', [(1, 1), (1, 3), (2, 2)])
+def test_greedy_text_is_that_of_plain_decoding(n_mtp_layers, drafts):
+  model, _, unstacked = _model(n_mtp_layers)
+  result = generate.generate(model, unstacked, _PROMPTS, _NEW, drafts=drafts)
+  assert result.tokens == _plain(n_mtp_layers)
+  assert len(result.acceptance) == drafts
+  assert 0 < result.acceptance[0] < 1  # Both cases were met.
+  assert 1 < result.tokens_per_pass <= drafts + 1
+  # Ends of texts, too, within a pass or not.
+  stop = result.tokens[0][7]
+  stopped = generate.generate(
+    model, unstacked, _PROMPTS, _NEW, drafts=drafts, stop_ids=[stop]
+  )
+  for output, full in zip(stopped.tokens, result.tokens):
+    assert output == (full[: full.index(stop)] if stop in full else full)
+
+
+def test_drafts_are_what_training_would_predict():
+  """Passes and acceptance, from the training forward alone."""
+  model, variables, unstacked = _model(2)
+  forward = jax.jit(
+    lambda text: [
+      model.apply(variables, h, method='unembed').argmax(-1)
+      for h in model.apply(variables, text).mtp_hidden
+    ]
+  )
+  passes, tried, accepted = 0, np.zeros(2), np.zeros(2)
+  for prompt, output in zip(_PROMPTS, _plain(2)):
+    text, end = prompt + output, len(prompt) + _NEW
+    n = len(prompt)  # In the cache; token n is pending.
+    while n < end - 1:
+      padded = np.zeros((1, 40), np.int32)
+      padded[0, : n + 1] = text[: n + 1]
+      drafts = [int(forward(padded)[0][0, n - 1])]
+      padded[0, n + 1] = drafts[0]
+      drafts.append(int(forward(padded)[1][0, n - 1]))
+      # What the model says after each; past the budget it goes on as well.
+      said = text[n + 1 : n + 3]
+      if len(said) < 2:
+        break  # The last pass may draft beyond the text that is known.
+      stands = np.cumprod([d == s for d, s in zip(drafts, said)])
+      tried += [1, stands[0]]
+      accepted += stands
+      passes, n = passes + 1, n + 1 + int(stands.sum())
+  result = generate.generate(model, unstacked, _PROMPTS, _NEW, drafts=2)
+  # A text's last pass is not known to the end above: one per prompt at most.
+  assert 0 <= result.passes - passes <= len(_PROMPTS)
+  np.testing.assert_allclose(
+    result.acceptance, accepted / tried, atol=len(_PROMPTS) / min(tried)
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('drafts', [1, 2])
+def test_sampling_has_the_models_distribution(drafts):
+  """Of pairs of tokens, over many texts that begin alike."""
+  V, copies = 4, 4096
+  model, variables, unstacked = _model(1, V, 0.4)
+  prompt = [1, 3, 0]
+  result = generate.generate(
+    model, unstacked, [prompt] * copies, 3, temperature=1.3, drafts=drafts
+  )
+  texts = np.array(result.tokens)
+  counts = np.zeros((V, V, V))
+  np.add.at(counts, tuple(texts.T), 1)
+  every = np.indices((V, V, V)).reshape(3, -1).T
+  full = np.concatenate([np.tile(prompt, (len(every), 1)), every], 1)
+  logits = jax.jit(lambda t: model.apply(variables, t, method='logits'))(
+    full.astype(np.int32)
+  )
+  probs = np.asarray(jax.nn.softmax(logits[:, 2:5] / 1.3, -1), np.float64)
+  chance = probs[np.arange(len(every))[:, None], np.arange(3), every].prod(1)
+  chance = chance.reshape(V, V, V)
+  expected = chance * copies
+  # Pearson's statistic: its mean is its degrees of freedom, 63.
+  chi2 = ((counts - expected) ** 2 / np.maximum(expected, 1e-9))[expected > 1]
+  limit = len(chi2) + 5 * np.sqrt(2 * len(chi2))
+  assert chi2.sum() < limit, (chi2.sum(), limit)
+  assert counts[expected <= 1].sum() < 60
+  assert 0.05 < result.acceptance[0] < 0.95
