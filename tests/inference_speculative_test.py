@@ -113,7 +113,7 @@ def test_sampling_has_the_models_distribution(drafts):
   chance = probs[np.arange(len(every))[:, None], np.arange(3), every].prod(1)
   chance = chance.reshape(V, V, V)
   expected = chance * copies
-  # Pearson's statistic: its mean is its degrees of freedom, 63.
+  # Pearson's statistic: its mean is the degrees of freedom.
   chi2 = ((counts - expected) ** 2 / np.maximum(expected, 1e-9))[expected > 1]
   limit = len(chi2) + 5 * np.sqrt(2 * len(chi2))
   assert chi2.sum() < limit, (chi2.sum(), limit)

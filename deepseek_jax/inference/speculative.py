@@ -125,14 +125,15 @@ def _pass(model, weights, carry, drafts, how, stop_ids):
   """Drafts, verifies, keeps; int32 [B, D + 1] of output, -1 for nothing."""
   (cache, rows, load_LE), window, tally = carry
   live_B, n_B = rows.budget_B > 0, cache.lengths_B
-  keys = decode_lib.keys_at(rows, n_B)
+  # One for each draft and one to accept; token n was drawn with n's own.
+  keys = decode_lib.keys_at(rows, n_B + 1)
+  keys = jax.vmap(lambda key: jax.random.split(key, drafts + 1))(keys)
 
   def draw(logits_BV, j):
     probs_BV = sampling.distribution(logits_BV, how)
     if how.kind == 'greedy':
       return jnp.argmax(logits_BV, -1).astype(jnp.int32), probs_BV
-    keys_j = jax.vmap(jax.random.fold_in, (0, None))(keys, j)
-    return sampling.draw(keys_j, probs_BV), probs_BV
+    return sampling.draw(keys[:, j], probs_BV), probs_BV
 
   mtp, drafted_BD, draft_probs = _draft(
     model, weights, cache.mtp, window, n_B, drafts, draw
@@ -149,7 +150,9 @@ def _pass(model, weights, carry, drafts, how, stop_ids):
   probs = sampling.distribution(
     model.apply(weights, hidden, method='unembed'), how
   )
-  count_B, next_B = sampling.accept(drafted_BD, draft_probs, probs, keys, how)
+  count_B, next_B = sampling.accept(
+    drafted_BD, draft_probs, probs, keys[:, 0], how
+  )
   step = jnp.arange(T)
   new_BT = jnp.pad(drafted_BD, ((0, 0), (0, 1)))
   new_BT = jnp.where(step == count_B[:, None], next_B[:, None], new_BT)
