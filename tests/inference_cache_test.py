@@ -122,6 +122,10 @@ class CachedForwardTest(parameterized.TestCase):
       c: {k: stack(*v) if isinstance(v, list) else v for k, v in tree.items()}
       for c, tree in variables.items()
     }
+    for layers in stacked['params'].values():
+      if isinstance(layers, dict):
+        attn = layers.get('block', layers)['attn']
+        del attn['w_uk'], attn['w_uv']
     args = (
       jnp.ones((1, 1), jnp.int32),
       jnp.zeros((1, 1), jnp.int32),
@@ -130,7 +134,7 @@ class CachedForwardTest(parameterized.TestCase):
     )
     extend = jax.jit(lambda v: model.apply(v, *args, method='extend')[0])
     results = [extend(v) for v in (variables, stacked)]
-    np.testing.assert_array_equal(*results)
+    tolerances.assert_close(*results, tolerances.COMPONENT_PARITY)
     again = weights.unstack(model, stacked)
     jax.tree.map(np.testing.assert_array_equal, again, variables)
 

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from deepseek_jax.models import deepseek
 
@@ -18,7 +19,9 @@ def unstack(
 
   A compiled program reads an array of its own where it lies, but copies a slice
   of a stack before it multiplies with it.  Matrices are rounded to the model's
-  compute dtype here, once, rather than at every token.
+  compute dtype here, once, rather than at every token; and MLA gets the two
+  halves of `wkv_b` in the order in which absorbed attention multiplies with
+  them, `w_uk` [N, H, C] and `w_uv` [N, C, U].
 
   Args:
     model: for its dtype.
@@ -28,22 +31,15 @@ def unstack(
   stacks = [v[n] for v in variables.values() for n in _STACKS if n in v]
   if not stacks or isinstance(stacks[0], list):
     return variables
-  return _unstack(model.dtype, variables)
+  return _unstack(model.dtype, model.config.mla.qk_nope_head_dim, variables)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _unstack(dtype, variables):
-  def cast(path, x):
-    is_matrix = x.ndim > 1 and path[-1].key not in _FLOAT32
-    return x.astype(dtype) if is_matrix else x
-
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _unstack(dtype, nope, variables):
   def layers(stacked):
     count = jax.tree.leaves(stacked)[0].shape[0]
     return [
-      jax.tree_util.tree_map_with_path(
-        cast,
-        jax.tree.map(lambda x: x[i], stacked),  # noqa: B023
-      )
+      _absorb(_cast(jax.tree.map(lambda x: x[i], stacked), dtype), nope)  # noqa: B023
       for i in range(count)
     ]
 
@@ -51,8 +47,28 @@ def _unstack(dtype, variables):
     collection: {
       name: layers(tree)
       if name in _STACKS
-      else cast((jax.tree_util.DictKey(name),), tree)
+      else _cast({name: tree}, dtype)[name]
       for name, tree in trees.items()
     }
     for collection, trees in variables.items()
   }
+
+
+def _cast(tree, dtype):
+  def leaf(path, x):
+    is_matrix = x.ndim > 1 and path[-1].key not in _FLOAT32
+    return x.astype(dtype) if is_matrix else x
+
+  return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def _absorb(tree, nope):
+  """Adds `w_uk` and `w_uv` wherever there is a `wkv_b`."""
+  if not isinstance(tree, dict):
+    return tree
+  tree = {name: _absorb(inner, nope) for name, inner in tree.items()}
+  if 'wkv_b' in tree:
+    w_uk, w_uv = jnp.split(tree['wkv_b'], [nope], -1)
+    tree['w_uk'] = w_uk.transpose(1, 2, 0)
+    tree['w_uv'] = w_uv.transpose(1, 0, 2)
+  return tree

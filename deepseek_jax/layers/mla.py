@@ -131,9 +131,9 @@ class MLA(nn.Module):
     multi-query attention.
     """
     mla = self.config.mla
-    w_uk, w_uv = jnp.split(wkv_b, [mla.qk_nope_head_dim], -1)
+    w_uk, w_uv = self._absorbed(wkv_b)
     cache_BSX = cached_attention.write_rows(cache_BSX, new_BTX, positions_BT)
-    q_latent = jnp.einsum('BTNH,CNH->BTNC', q_nope, w_uk)
+    q_latent = jnp.einsum('BTNH,NHC->BTNC', q_nope, w_uk)
     shared = cache_BSX[:, :, None]
     # The values are the latents: the columns of the rotated key are dropped
     # after the product, for to cut them off before would copy the cache.
@@ -141,7 +141,14 @@ class MLA(nn.Module):
       _join(q_latent, q_pe), shared, shared, positions_BT, scale
     )
     out_BTNC = out[..., : mla.kv_lora_rank]
-    return jnp.einsum('BTNC,CNU->BTNU', out_BTNC, w_uv), cache_BSX
+    return jnp.einsum('BTNC,NCU->BTNU', out_BTNC, w_uv), cache_BSX
+
+  def _absorbed(self, wkv_b):
+    """W_UK [N, H, C] and W_UV [N, C, U]: transposing costs more than using."""
+    if self.has_variable('params', 'w_uk'):  # By inference/weights.py.
+      return tuple(self.get_variable('params', n) for n in ('w_uk', 'w_uv'))
+    w_uk, w_uv = jnp.split(wkv_b, [self.config.mla.qk_nope_head_dim], -1)
+    return w_uk.transpose(1, 2, 0), w_uv.transpose(1, 0, 2)
 
 
 def _join(x, y):
