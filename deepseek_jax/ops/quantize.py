@@ -1,0 +1,174 @@
+"""Fine-grained quantisation: one scale per tile (V3 section 3.3.2).
+
+A `Quantized` array is codes and scales, a pytree: it goes through `jit`, is
+sharded, saved and restored like any other.  Tiles lie in the last two axes:
+1 x 128 for activations and gradients, 128 x 128 for weights, 128 x 1 along the
+tokens for the operands of a weight gradient.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.ops import formats
+
+BLOCK = 128
+# Tile shapes [rows, columns]; 0 is the whole extent.
+ROW_TILE = (1, BLOCK)
+COLUMN_TILE = (BLOCK, 1)
+SQUARE_TILE = (BLOCK, BLOCK)
+WHOLE = (0, 0)
+
+# amax of a tile of zeros, as in DeepSeek's `act_quant`.
+_MIN_AMAX = 1e-4
+
+SCALES = ('float32', 'ceil', 'floor')
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=('codes', 'scales'),
+  meta_fields=('tile', 'fmt'),
+)
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+  """An array as `codes * scales`.
+
+  Attributes:
+    codes: [..., I, J] in `fmt.dtype`.
+    scales: float32 [..., ceil(I / rows), ceil(J / columns)].
+    tile: (rows, columns) that share a scale; 0 is the whole extent.
+    fmt: of the codes.
+  """
+
+  codes: jax.Array
+  scales: jax.Array
+  tile: tuple[int, int]
+  fmt: formats.Format
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of the array it stands for."""
+    return self.codes.shape
+
+  @property
+  def nbytes(self) -> float:
+    """Bytes of codes, as many bits as the format has, and of scales."""
+    return self.codes.size * self.fmt.bits / 8 + self.scales.size * 4
+
+  @property
+  def mT(self) -> 'Quantized':
+    """Its transpose in the last two axes; no number changes."""
+    return Quantized(self.codes.mT, self.scales.mT, self.tile[::-1], self.fmt)
+
+  def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
+    """`codes * scales` in float32, rounded once to `dtype`."""
+    values = formats.decode(self.codes, self.fmt)
+    return (values * expand(self.scales, self.tile, self.shape)).astype(dtype)
+
+
+def _extents(tile, shape):
+  return tuple(t or n for t, n in zip(tile, shape[-2:]))
+
+
+def expand(
+  scales: jax.Array, tile: tuple[int, int], shape: tuple[int, ...]
+) -> jax.Array:
+  """Each tile's scale at all its places, broadcast to `shape`."""
+  for axis, size in zip((-2, -1), _extents(tile, shape)):
+    if scales.shape[axis] > 1:
+      scales = jnp.repeat(scales, size, axis)
+      scales = jax.lax.slice_in_dim(scales, 0, shape[axis], axis=axis)
+  return jnp.broadcast_to(scales, shape)
+
+
+def tile_amax(x: jax.Array, tile: tuple[int, int]) -> jax.Array:
+  """The largest magnitude in each tile: float32, NaN where one is NaN."""
+  rows, columns = _extents(tile, x.shape)
+  *batch, I, J = x.shape
+  counts = math.ceil(I / rows), math.ceil(J / columns)
+  widths = [(0, 0)] * len(batch)
+  widths += [(0, counts[0] * rows - I), (0, counts[1] * columns - J)]
+  padded = jnp.pad(jnp.abs(x.astype(jnp.float32)), widths)
+  return padded.reshape(*batch, counts[0], rows, counts[1], columns).max(
+    (-3, -1)
+  )
+
+
+def scale_of(
+  amax: jax.Array, fmt: formats.Format, scale: str = 'float32'
+) -> jax.Array:
+  """The scale under which a tile with this `amax` is stored.
+
+  Args:
+    amax: float32; taken as at least 1e-4, so that zeros have a scale too.
+    fmt: of the codes.
+    scale: 'float32': amax / fmt.max, V3's online scale.  'ceil': the power of
+      two above it, so that nothing is clipped; V3.1's, and the dispatch's.
+      'floor': the power of two of amax less that of fmt.max, as in the OCP
+      microscaling formats; values above fmt.max are clipped.
+
+  Returns:
+    float32, infinite or NaN where `amax` is.
+
+  Raises:
+    ValueError: for another `scale`.
+  """
+  amax = jnp.maximum(amax, _MIN_AMAX)
+  # Else XLA multiplies by the rounded reciprocal of a constant or scalar.
+  largest = jax.lax.optimization_barrier(jnp.full_like(amax, fmt.max))
+  if scale == 'float32':
+    return amax / largest
+  if scale == 'ceil':
+    return formats.ceil_power_of_two(amax / largest)
+  if scale == 'floor':
+    top = 2.0 ** math.floor(math.log2(fmt.max))
+    return formats.floor_power_of_two(amax) / top
+  raise ValueError(f'scale={scale!r}: choose one of {", ".join(SCALES)}')
+
+
+def quantize(
+  x: jax.Array,
+  tile: tuple[int, int],
+  fmt: formats.Format = formats.E4M3,
+  scale: str = 'float32',
+  amax: jax.Array | None = None,
+) -> Quantized:
+  """Rounds `x` to `fmt`, tile by tile, to nearest, ties to even.
+
+  A NaN or an infinity makes its whole tile NaN, never a finite number (in
+  formats without NaN or infinity there is none to make).  Ragged edges are
+  tiles like any other.
+
+  Args:
+    x: [..., I, J], float32 or narrower.
+    tile: rows and columns that share a scale; 0 is the whole extent.
+    fmt: of the codes.
+    scale: see `scale_of`.
+    amax: magnitudes to scale by instead of the tiles' own, as delayed scaling
+      does; what is larger is clipped.
+  """
+  if amax is None:
+    amax = tile_amax(x, tile)
+  scales = scale_of(amax, fmt, scale)
+  divisor = expand(scales, tile, x.shape)
+  codes = formats.encode(x.astype(jnp.float32) / divisor, fmt)
+  return Quantized(codes, scales, tile, fmt)
+
+
+def requantize(
+  q: Quantized,
+  tile: tuple[int, int],
+  fmt: formats.Format = formats.E4M3,
+  scale: str = 'float32',
+) -> Quantized:
+  """The same values in other tiles: how a saved activation meets Wgrad.
+
+  With powers of two and the same format, a value is rounded again only where
+  its new scale is larger than its old one.
+  """
+  return quantize(q.dequantize(), tile, fmt, scale)

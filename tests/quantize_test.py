@@ -1,0 +1,143 @@
+"""Tiles, scales and special values, against loops over tiles in NumPy."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from absl.testing import parameterized
+
+from deepseek_jax.convert import fp8
+from deepseek_jax.ops import formats, quantize
+
+_TILES = {
+  'row': quantize.ROW_TILE,
+  'column': quantize.COLUMN_TILE,
+  'square': quantize.SQUARE_TILE,
+  'whole': quantize.WHOLE,
+}
+
+
+def _draw(*shape):
+  rng = np.random.default_rng(0)
+  spread = 2.0 ** rng.integers(-6, 6, shape)
+  return (rng.standard_normal(shape) * spread).astype(np.float32)
+
+
+def _by_hand(x, tile):
+  """Codes and scales of an [I, J] matrix in E4M3, a tile at a time."""
+  rows, columns = (t or n for t, n in zip(tile, x.shape))
+  starts = range(0, x.shape[0], rows), range(0, x.shape[1], columns)
+  codes = np.zeros(x.shape, ml_dtypes.float8_e4m3fn)
+  scales = np.zeros([len(s) for s in starts], np.float32)
+  for (a, i), (b, j) in itertools.product(*map(enumerate, starts)):
+    place = slice(i, i + rows), slice(j, j + columns)
+    amax = max(np.abs(x[place]).max(), np.float32(1e-4))
+    scales[a, b] = np.float32(amax) / np.float32(448)
+    codes[place] = (x[place] / scales[a, b]).astype(codes.dtype)
+  return codes, scales
+
+
+class QuantizeTest(parameterized.TestCase):
+  @parameterized.product(
+    tile=list(_TILES), shape=((256, 384), (1, 128), (130, 257), (3, 5))
+  )
+  def test_codes_and_scales(self, tile, shape):
+    x = _draw(*shape)
+    q = jax.jit(quantize.quantize, static_argnums=1)(x, _TILES[tile])
+    codes, scales = _by_hand(x, _TILES[tile])
+    np.testing.assert_array_equal(q.scales, scales)
+    np.testing.assert_array_equal(
+      np.asarray(q.codes).view(np.uint8), codes.view(np.uint8)
+    )
+    rows, columns = (t or n for t, n in zip(_TILES[tile], shape))
+    spread = np.repeat(np.repeat(scales, rows, 0), columns, 1)
+    expected = codes.astype(np.float32) * spread[: shape[0], : shape[1]]
+    np.testing.assert_array_equal(q.dequantize(), expected)
+    np.testing.assert_array_equal(q.mT.dequantize(), expected.T)
+
+  def test_leading_axes_are_separate(self):
+    x = _draw(2, 3, 130, 200)
+    q = quantize.quantize(jnp.asarray(x), quantize.SQUARE_TILE)
+    for i, j in itertools.product(range(2), range(3)):
+      one = quantize.quantize(jnp.asarray(x[i, j]), quantize.SQUARE_TILE)
+      np.testing.assert_array_equal(q.scales[i, j], one.scales)
+      np.testing.assert_array_equal(q.dequantize()[i, j], one.dequantize())
+
+  @parameterized.parameters(False, True)
+  def test_weights_as_the_converter_writes_them(self, power_of_two):
+    w = _draw(200, 300)
+    scales = fp8.block_scales(w, power_of_two)
+    q = quantize.quantize(
+      jnp.asarray(w),
+      quantize.SQUARE_TILE,
+      scale='ceil' if power_of_two else 'float32',
+    )
+    np.testing.assert_array_equal(q.scales, scales)
+    np.testing.assert_array_equal(
+      np.asarray(q.codes).view(np.uint8),
+      fp8.quantise(w, scales).view(np.uint8),
+    )
+
+  @parameterized.parameters('ceil', 'floor')
+  def test_power_of_two_scales(self, scale):
+    x = jnp.asarray(_draw(64, 256))
+    q = quantize.quantize(x, quantize.ROW_TILE, scale=scale)
+    exponents = np.log2(np.asarray(q.scales, np.float64))
+    np.testing.assert_array_equal(exponents, np.round(exponents))
+    exact = np.log2(np.asarray(quantize.tile_amax(x, q.tile)) / 448.0)
+    if scale == 'ceil':
+      np.testing.assert_array_equal(exponents, np.ceil(exact))
+    else:
+      amax = np.asarray(quantize.tile_amax(x, q.tile), np.float64)
+      np.testing.assert_array_equal(exponents, np.floor(np.log2(amax)) - 8)
+
+  def test_two_orientations_of_powers_of_two_differ_in_no_normal_number(self):
+    """Why the saved attention output has such scales (V3 section 3.3.3)."""
+    x = jnp.asarray(
+      np.random.default_rng(0).uniform(1, 2, (128, 128)).astype(np.float32)
+    )
+    kept = quantize.quantize(x, quantize.ROW_TILE, formats.E5M6, 'ceil')
+    turned = quantize.requantize(
+      kept, quantize.COLUMN_TILE, formats.E5M6, 'ceil'
+    )
+    np.testing.assert_array_equal(turned.dequantize(), kept.dequantize())
+    kept = quantize.quantize(x, quantize.ROW_TILE, formats.E5M6)
+    turned = quantize.requantize(kept, quantize.COLUMN_TILE, formats.E5M6)
+    self.assertTrue((turned.dequantize() != kept.dequantize()).any())
+
+  @parameterized.product(fmt=('e4m3', 'e5m2', 'e5m6'), scale=quantize.SCALES)
+  def test_special_tiles(self, fmt, scale):
+    x = np.ones((6, 256), np.float32)
+    x[0] = 0
+    x[1] = 1e-38
+    x[2] = 3e38
+    x[3, 7] = np.nan
+    x[4, 7] = np.inf
+    q = quantize.quantize(
+      jnp.asarray(x), quantize.ROW_TILE, formats.parse(fmt), scale
+    )
+    y = np.asarray(q.dequantize())
+    np.testing.assert_array_equal(y[:2], 0)
+    np.testing.assert_allclose(y[2], 3e38, rtol=0.13)
+    self.assertTrue(np.isnan(y[3:5, :128]).all())
+    np.testing.assert_allclose(y[3:5, 128:], 1, rtol=0.13)
+    np.testing.assert_allclose(y[5], 1, rtol=0.13)
+
+  def test_a_given_amax_clips(self):
+    x = jnp.array([[1.0, 2.0, 8.0]])
+    q = quantize.quantize(x, quantize.ROW_TILE, amax=jnp.full((1, 1), 4.0))
+    np.testing.assert_allclose(q.dequantize(), [[1, 2, 4]], rtol=1e-6)
+
+  def test_is_a_pytree(self):
+    q = quantize.quantize(jnp.asarray(_draw(4, 200)), quantize.ROW_TILE)
+    leaves, tree = jax.tree.flatten(q)
+    self.assertLen(leaves, 2)
+    again = jax.jit(lambda q: q)(jax.tree.unflatten(tree, leaves))
+    self.assertEqual((again.tile, again.fmt), (q.tile, q.fmt))
+    self.assertEqual(q.nbytes, 4 * 200 + 4 * 2 * 4)
+
+  def test_refused(self):
+    with self.assertRaisesRegex(ValueError, "scale='round': choose"):
+      quantize.scale_of(jnp.ones(1), formats.E4M3, 'round')
