@@ -1,0 +1,184 @@
+"""FP8 products against float64 products of the dequantised operands."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import parameterized
+
+from deepseek_jax.ops import formats, fp8_linear, fp8_matmul, quantize
+from tests import tolerances
+
+_TILES = {
+  'fprop': (quantize.ROW_TILE, quantize.SQUARE_TILE),
+  'wgrad': (quantize.ROW_TILE, quantize.COLUMN_TILE),
+  'tensor': (quantize.WHOLE, quantize.WHOLE),
+  'mixed': (quantize.ROW_TILE, quantize.WHOLE),
+}
+_HOPPER = fp8_matmul.Accumulation('hopper14')
+
+
+def _draw(*shape, seed=0):
+  return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def _operands(M, K, N, tiles):
+  a, b = _draw(M, K), _draw(K, N, seed=1)
+  return [quantize.quantize(jnp.asarray(x), t) for x, t in zip((a, b), tiles)]
+
+
+def _exact(a, b):
+  return np.asarray(a.dequantize(), np.float64) @ np.asarray(
+    b.dequantize(), np.float64
+  )
+
+
+class DotTest(parameterized.TestCase):
+  @parameterized.product(
+    tiles=list(_TILES), shape=((128, 256, 128), (3, 130, 5), (1, 1, 200))
+  )
+  def test_equals_the_dequantised_product(self, tiles, shape):
+    a, b = _operands(*shape, _TILES[tiles])
+    result = jax.jit(fp8_matmul.dot)(a, b)
+    tolerances.assert_close(result, _exact(a, b), tolerances.FLOAT32_MATH)
+
+  def test_why_sums_are_promoted(self):
+    """V3 section 3.3.2: an error of nearly 2 % at K = 4096, without."""
+    a, b = _operands(64, 4096, 64, _TILES['tensor'])
+    exact = _exact(a, b)
+    errors = {}
+    for promote in (0, 128):
+      accumulation = fp8_matmul.Accumulation('hopper14', promote)
+      y = jax.jit(fp8_matmul.dot, static_argnums=2)(a, b, accumulation)
+      errors[promote] = np.abs(y - exact).max() / exact.std()
+    self.assertBetween(errors[0], 0.01, 0.025)
+    self.assertLess(errors[128], errors[0] / 10)
+
+  def test_a_tensor_core_by_hand(self):
+    """One instruction: 13 places below the largest product, downwards."""
+    a = np.zeros((1, 32), np.float32)
+    a[0, :3] = [256, 2**-5, -(2**-5)]
+    b = np.ones((32, 1), np.float32)
+    q = [
+      quantize.Quantized(
+        formats.encode(jnp.asarray(x), formats.E4M3),
+        jnp.ones((1, 1)),
+        quantize.WHOLE,
+        formats.E4M3,
+      )
+      for x in (a, b)
+    ]
+    # 2^8's last place is 2^-5: both survive; of half of it, nothing or all.
+    y = fp8_matmul.dot(*q, _HOPPER)
+    self.assertEqual(float(y[0, 0]), 256)
+    a[0, 1:3] = [2**-6, -(2**-6)]
+    q[0] = quantize.Quantized(
+      formats.encode(jnp.asarray(a), formats.E4M3),
+      jnp.ones((1, 1)),
+      quantize.WHOLE,
+      formats.E4M3,
+    )
+    y = fp8_matmul.dot(*q, _HOPPER)
+    self.assertEqual(float(y[0, 0]), 256 - 2**-5)
+
+  def test_short_sums_are_exact_in_a_tensor_core(self):
+    a, b = _operands(5, 1, 7, _TILES['tensor'])
+    y = fp8_matmul.dot(a, b, _HOPPER)
+    tolerances.assert_close(y, _exact(a, b), tolerances.FLOAT32_MATH)
+
+  def test_nan_spreads(self):
+    x = _draw(4, 256)
+    x[1, 3] = np.nan
+    a = quantize.quantize(jnp.asarray(x), quantize.ROW_TILE)
+    b = quantize.quantize(jnp.asarray(_draw(256, 8)), quantize.SQUARE_TILE)
+    y = np.asarray(fp8_matmul.dot(a, b))
+    self.assertTrue(np.isnan(y[1]).all())
+    self.assertTrue(np.isfinite(y[[0, 2, 3]]).all())
+
+  def test_refused(self):
+    a, b = _operands(4, 256, 4, _TILES['fprop'])
+    with self.assertRaisesRegex(ValueError, 'promote=256: .* choose'):
+      fp8_matmul.dot(a, b, fp8_matmul.Accumulation('exact', 256))
+    with self.assertRaisesRegex(ValueError, 'promote=0: .* choose'):
+      fp8_matmul.dot(a, b, fp8_matmul.Accumulation('hopper14', 0))
+    with self.assertRaisesRegex(ValueError, "accumulate='fp32': choose"):
+      fp8_matmul.dot(a, b, fp8_matmul.Accumulation('fp32'))
+    turned = quantize.quantize(jnp.ones((4, 256)), quantize.COLUMN_TILE)
+    with self.assertRaisesRegex(ValueError, 'a has tiles of 1 .*quantise'):
+      fp8_matmul.dot(turned, b)
+
+
+_RECIPES = {
+  'v3': fp8_linear.Recipe(),
+  'wo': fp8_linear.Recipe(saved_fmt=formats.E5M6, saved_scale='ceil'),
+  'powers': fp8_linear.Recipe(scale='ceil', saved_scale='ceil'),
+  'e5m2': fp8_linear.Recipe(gradient_fmt=formats.E5M2),
+  'blocks': fp8_linear.Recipe(gradient_tile=quantize.SQUARE_TILE),
+  'tensor': fp8_linear.Recipe(
+    activation_tile=quantize.WHOLE,
+    gradient_tile=quantize.WHOLE,
+    weight_tile=quantize.WHOLE,
+  ),
+}
+
+
+class LinearTest(parameterized.TestCase):
+  @parameterized.parameters(*_RECIPES)
+  def test_three_products_of_their_own_operands(self, name):
+    """Each product in float64, of operands quantised as the recipe says."""
+    recipe, (T, D, F) = _RECIPES[name], (200, 130, 70)
+    x, w, dy = (jnp.asarray(_draw(*s)) for s in ((T, D), (D, F), (T, F)))
+    y, vjp = jax.vjp(lambda x, w: fp8_linear.fp8_linear(x, w, recipe), x, w)
+    dx, dw = vjp(dy)
+
+    def rounded(x, tile, fmt, scale):
+      return quantize.quantize(x, tile, fmt, scale).dequantize()
+
+    r = recipe
+    w_q = rounded(w, r.weight_tile, r.fmt, r.scale)
+    x_q = rounded(x, r.activation_tile, r.fmt, r.scale)
+    dy_q = rounded(dy, r.gradient_tile, r.gradient_fmt, r.scale)
+    tokens = quantize.WHOLE if name == 'tensor' else quantize.COLUMN_TILE
+    kept = rounded(x, quantize.ROW_TILE, r.saved_fmt, r.saved_scale)
+    x_w = rounded(kept, tokens, r.fmt, r.scale)
+    dy_w = rounded(dy, tokens, r.gradient_fmt, r.scale)
+    exact = [np.asarray(v, np.float64) for v in (x_q, w_q, dy_q, x_w, dy_w)]
+    x_q, w_q, dy_q, x_w, dy_w = exact
+    tolerances.assert_close(
+      [y, dx, dw],
+      [x_q @ w_q, dy_q @ w_q.T, x_w.T @ dy_w],
+      tolerances.FLOAT32_MATH,
+    )
+
+  def test_is_near_the_plain_product(self):
+    x, w, dy = (jnp.asarray(_draw(*s)) for s in ((256, 256),) * 3)
+    y, vjp = jax.vjp(
+      lambda x, w: fp8_linear.fp8_linear(x, w, _RECIPES['v3']), x, w
+    )
+    plain, plain_vjp = jax.vjp(jnp.matmul, x, w)
+    for a, b in zip((y, *vjp(dy)), (plain, *plain_vjp(dy))):
+      self.assertLess(float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)), 0.05)
+
+  def test_only_codes_are_kept(self):
+    """For backward: no array of the activation's size but its codes."""
+    x, w = jnp.asarray(_draw(256, 384)), jnp.asarray(_draw(384, 128))
+    for name, dtype in (('v3', jnp.float8_e4m3fn), ('wo', jnp.uint16)):
+      _, residuals = fp8_linear._fwd(x, w, _RECIPES[name])
+      kept = [r for r in jax.tree.leaves(residuals) if r.shape == x.shape]
+      self.assertEqual([r.dtype for r in kept], [dtype])
+    self.assertEqual(
+      fp8_linear.saved_bytes((256, 384), _RECIPES['v3']),
+      256 * 384 + 256 * 3 * 4,
+    )
+    self.assertEqual(
+      fp8_linear.saved_bytes((256, 384), _RECIPES['wo']),
+      256 * 384 * 1.5 + 256 * 3 * 4,
+    )
+
+  def test_bfloat16_activations(self):
+    x = jnp.asarray(_draw(8, 128), jnp.bfloat16)
+    w = jnp.asarray(_draw(128, 16))
+    y, vjp = jax.vjp(
+      lambda x, w: fp8_linear.fp8_linear(x, w, _RECIPES['v3']), x, w
+    )
+    dx, dw = vjp(y)
+    self.assertEqual([a.dtype for a in (y, dx, dw)], [x.dtype, x.dtype, 'f4'])
