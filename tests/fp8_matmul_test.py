@@ -1,5 +1,7 @@
 """FP8 products against float64 products of the dequantised operands."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,7 +92,7 @@ class DotTest(parameterized.TestCase):
     x[1, 3] = np.nan
     a = quantize.quantize(jnp.asarray(x), quantize.ROW_TILE)
     b = quantize.quantize(jnp.asarray(_draw(256, 8)), quantize.SQUARE_TILE)
-    y = np.asarray(fp8_matmul.dot(a, b))
+    y = np.asarray(jax.jit(fp8_matmul.dot)(a, b))
     self.assertTrue(np.isnan(y[1]).all())
     self.assertTrue(np.isfinite(y[[0, 2, 3]]).all())
 
@@ -121,15 +123,21 @@ _RECIPES = {
 }
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _products(recipe, x, w, dy):
+  y, vjp = jax.vjp(lambda x, w: fp8_linear.fp8_linear(x, w, recipe), x, w)
+  return y, *vjp(dy)
+
+
 class LinearTest(parameterized.TestCase):
   @parameterized.parameters(*_RECIPES)
   def test_three_products_of_their_own_operands(self, name):
     """Each product in float64, of operands quantised as the recipe says."""
     recipe, (T, D, F) = _RECIPES[name], (200, 130, 70)
     x, w, dy = (jnp.asarray(_draw(*s)) for s in ((T, D), (D, F), (T, F)))
-    y, vjp = jax.vjp(lambda x, w: fp8_linear.fp8_linear(x, w, recipe), x, w)
-    dx, dw = vjp(dy)
+    y, dx, dw = _products(recipe, x, w, dy)
 
+    @functools.partial(jax.jit, static_argnums=(1, 2, 3))
     def rounded(x, tile, fmt, scale):
       return quantize.quantize(x, tile, fmt, scale).dequantize()
 
@@ -151,18 +159,18 @@ class LinearTest(parameterized.TestCase):
 
   def test_is_near_the_plain_product(self):
     x, w, dy = (jnp.asarray(_draw(*s)) for s in ((256, 256),) * 3)
-    y, vjp = jax.vjp(
-      lambda x, w: fp8_linear.fp8_linear(x, w, _RECIPES['v3']), x, w
-    )
     plain, plain_vjp = jax.vjp(jnp.matmul, x, w)
-    for a, b in zip((y, *vjp(dy)), (plain, *plain_vjp(dy))):
+    for a, b in zip(
+      _products(_RECIPES['v3'], x, w, dy), (plain, *plain_vjp(dy))
+    ):
       self.assertLess(float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)), 0.05)
 
   def test_only_codes_are_kept(self):
     """For backward: no array of the activation's size but its codes."""
     x, w = jnp.asarray(_draw(256, 384)), jnp.asarray(_draw(384, 128))
     for name, dtype in (('v3', jnp.float8_e4m3fn), ('wo', jnp.uint16)):
-      _, residuals = fp8_linear._fwd(x, w, _RECIPES[name])
+      fwd = jax.jit(fp8_linear._fwd, static_argnums=2)
+      _, residuals = fwd(x, w, _RECIPES[name])
       kept = [r for r in jax.tree.leaves(residuals) if r.shape == x.shape]
       self.assertEqual([r.dtype for r in kept], [dtype])
     self.assertEqual(
@@ -177,8 +185,6 @@ class LinearTest(parameterized.TestCase):
   def test_bfloat16_activations(self):
     x = jnp.asarray(_draw(8, 128), jnp.bfloat16)
     w = jnp.asarray(_draw(128, 16))
-    y, vjp = jax.vjp(
-      lambda x, w: fp8_linear.fp8_linear(x, w, _RECIPES['v3']), x, w
-    )
-    dx, dw = vjp(y)
+    dy = jnp.ones((8, 16), jnp.bfloat16)
+    y, dx, dw = _products(_RECIPES['v3'], x, w, dy)
     self.assertEqual([a.dtype for a in (y, dx, dw)], [x.dtype, x.dtype, 'f4'])
