@@ -213,6 +213,16 @@ class WorkdirTest(support.FolderTestCase):
     self.assertLen(errors.splitlines(), 1)
 
 
+class BenchTest(parameterized.TestCase):
+  def test_bench_runs(self):
+    status, text, errors = _command(
+      'bench_convert', '--preset=tiny', '--layers=1', '--rounds=1'
+    )
+    self.assertEqual(status, 0, errors)
+    for line in ('copy of the files', 'Hugging Face to JAX'):
+      self.assertRegex(text, line + r' +\d+ MB/s +\d+% of the copy')
+
+
 def _command(program, *arguments):
   """(exit status, stdout, stderr) of `python -m experiments.<program>`."""
   done = subprocess.run(

@@ -2,7 +2,7 @@
 
 Each file is written under a temporary name and renamed when it is whole, so
 that a run after a kill finds what is finished and skips it.  Bytes that lie in
-one piece in the source are copied by the kernel and never held here.
+one piece in the source are copied as they are.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import pathlib
 import threading
 from collections.abc import Callable, Sequence
 from concurrent import futures
+from typing import BinaryIO
 
 import numpy as np
 import tqdm
@@ -21,7 +22,7 @@ from deepseek_jax.convert.safetensors_io import Extent, Spec
 from deepseek_jax.convert.sources import Source
 
 _MIN_BUDGET = 64 << 20  # Bytes of arrays in flight, if no tensor needs more.
-_COPY = 64 << 20  # Bytes a system call copies: progress is shown between them.
+_COPY = 1 << 20  # Bytes copied at a time where nothing is converted.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +100,15 @@ def write(
     futures.ThreadPoolExecutor(os.cpu_count()) as pool,
   ):
     advance = _locked(bar.update)
-    jobs = [
-      pool.submit(_write_file, f, source, directory, budget, advance)
-      for f in todo
-    ]
+    jobs = []
+    for file in todo:
+      target = _Target(file, directory / file.path)
+      offset = len(file.header)
+      advance(offset)
+      for part in file.parts:
+        args = (target, offset, part, source, budget, advance)
+        jobs.append(pool.submit(_write_part, *args))
+        offset += part.spec.nbytes
     try:
       for job in futures.as_completed(jobs):
         job.result()
@@ -156,20 +162,41 @@ def _is_finished(path, nbytes):
   return path.is_file() and path.stat().st_size == nbytes
 
 
-def _write_file(file, source, directory, budget, advance):
-  path = directory / file.path
-  partial = path.with_name(f'.{path.name}.partial')
-  with partial.open('wb', buffering=0) as out:
-    _write_all(out, file.header)
-    advance(len(file.header))
-    for part in file.parts:
-      cost = _cost(source, part)
-      budget.acquire(cost)
-      try:
-        _write_part(out, part, source, advance)
-      finally:
-        budget.release(cost)
-  partial.rename(path)
+class _Target:
+  """A file that several threads write; the last of them renames it."""
+
+  def __init__(self, file: File, path: pathlib.Path):
+    self._file, self._path = file, path
+    self._partial = path.with_name(f'.{path.name}.partial')
+    self._left, self._begun = len(file.parts), False
+    self._lock = threading.Lock()
+
+  def open(self) -> BinaryIO:
+    """The file under its temporary name, to write a part."""
+    with self._lock:
+      if not self._begun:
+        self._partial.write_bytes(self._file.header)
+        self._begun = True
+    return self._partial.open('r+b', buffering=0)
+
+  def finish_part(self) -> None:
+    """Counts the parts that are written."""
+    with self._lock:
+      self._left -= 1
+      if not self._left:
+        self._partial.rename(self._path)
+
+
+def _write_part(target, offset, part, source, budget, advance):
+  cost = _cost(source, part)
+  budget.acquire(cost)
+  try:
+    with target.open() as out:
+      out.seek(offset)
+      _write_bytes(out, part, source, advance)
+  finally:
+    budget.release(cost)
+  target.finish_part()
 
 
 def _cost(source, part):
@@ -202,7 +229,7 @@ def is_verbatim(tensor: names.Tensor) -> bool:
   return tensor.shape_jax == shape
 
 
-def _write_part(out, part, source, advance):
+def _write_bytes(out, part, source, advance):
   extent = _extent(source, part)
   if extent:
     _copy(out, extent, advance)
@@ -218,18 +245,22 @@ def _write_part(out, part, source, advance):
 
 
 def _copy(out, extent, advance):
-  """Copies within the kernel."""
+  """Copies through a buffer that stays in the processor's cache.
+
+  Where a tensor does not begin with a page, this is twice as fast as a copy
+  within the kernel.
+  """
+  buffer = memoryview(bytearray(min(_COPY, extent.nbytes)))
   with open(extent.path, 'rb', buffering=0) as file:
     done = 0
     while done < extent.nbytes:
-      count = min(_COPY, extent.nbytes - done)
-      sent = os.sendfile(
-        out.fileno(), file.fileno(), extent.offset + done, count
-      )
-      if not sent:
+      want = min(_COPY, extent.nbytes - done)
+      got = os.preadv(file.fileno(), [buffer[:want]], extent.offset + done)
+      if not got:
         raise ValueError(f'{extent.path}: became shorter while it was read')
-      done += sent
-      advance(sent)
+      _write_all(out, buffer[:got])
+      done += got
+      advance(got)
 
 
 def _write_all(out, data):
