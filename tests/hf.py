@@ -12,6 +12,8 @@ Where transformers 5.23 differs from DeepSeek's released code, and from us:
 - MTP hands the next depth its *normed* output, also beyond depth 1.
 """
 
+import re
+
 import jax
 import numpy as np
 import torch
@@ -19,134 +21,74 @@ import transformers
 from transformers import modeling_layers
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.convert import hf_config as released
+from deepseek_jax.convert import names
 
-# Our name -> theirs, within one layer.  A matrix is stored [in, out] here and
-# [out, in] there, with heads split out here.
-_ATTN = {
-  ('attn_norm',): 'input_layernorm.weight',
-  ('ffn_norm',): 'post_attention_layernorm.weight',
-  ('attn', 'wkv_a'): 'self_attn.kv_a_proj_with_mqa.weight',
-  ('attn', 'kv_norm'): 'self_attn.kv_a_layernorm.weight',
-  ('attn', 'wkv_b'): 'self_attn.kv_b_proj.weight',
-  ('attn', 'wo'): 'self_attn.o_proj.weight',
-}
-_FULL_RANK = {('attn', 'wq'): 'self_attn.q_proj.weight'}
-_LOW_RANK = {
-  ('attn', 'wq_a'): 'self_attn.q_a_proj.weight',
-  ('attn', 'q_norm'): 'self_attn.q_a_layernorm.weight',
-  ('attn', 'wq_b'): 'self_attn.q_b_proj.weight',
-}
-_MLP = {'w1': 'gate_proj', 'w2': 'down_proj', 'w3': 'up_proj'}
-_DENSE = {('ffn', w): f'mlp.{n}.weight' for w, n in _MLP.items()}
-_SHARED = {
-  ('ffn', 'shared', w): f'mlp.shared_experts.{n}.weight'
-  for w, n in _MLP.items()
-}
-_MOE = {
-  ('ffn', 'gate'): 'mlp.gate.weight',
-  ('ffn', 'w1'): 'mlp.experts.gate_up_proj',  # First half of the rows.
-  ('ffn', 'w3'): 'mlp.experts.gate_up_proj',  # Second half.
-  ('ffn', 'w2'): 'mlp.experts.down_proj',
-}
-_BIAS = {('ffn', 'bias'): 'mlp.gate.e_score_correction_bias'}
-_MTP = {
-  ('enorm',): 'enorm.weight',
-  ('hnorm',): 'hnorm.weight',
-  ('norm',): 'post_norm.weight',
-  ('eh_proj',): 'eh_proj.weight',
-}
-
-
-def table(config: ModelConfig) -> dict[tuple, str]:
-  """(stack, layer, path...) -> their name, for parameters and biases."""
-  attn = _ATTN | (_LOW_RANK if config.mla.q_lora_rank else _FULL_RANK)
-  moe = attn | _MOE | (_SHARED if config.moe.n_shared_experts else {})
-  if config.moe.score_func == 'sigmoid':
-    moe = moe | _BIAS
-  dense = config.n_first_dense
-  names = {
-    ('embed',): 'model.embed_tokens.weight',
-    ('norm',): 'model.norm.weight',
-  }
-  if not config.tie_embeddings:
-    names['head',] = 'lm_head.weight'
-  for i in range(config.n_layers):
-    stack, layer, rows = (
-      ('dense_layers', i, attn | _DENSE)
-      if i < dense
-      else ('moe_layers', i - dense, moe)
-    )
-    for path, name in rows.items():
-      names[stack, layer, *path] = f'model.layers.{i}.{name}'
-  for k in range(config.n_mtp_layers):
-    for path, name in _MTP.items():
-      names['mtp', k, *path] = f'layers.{k}.{name}'
-    for path, name in moe.items():
-      names['mtp', k, 'block', *path] = f'layers.{k}.mtp_block.{name}'
-  return names
+_EXPERT = re.compile(r'(.*\.experts)\.\d+\.(\w+)_proj\.weight')
 
 
 def to_names(config: ModelConfig, *trees) -> dict[str, np.ndarray]:
   """Our collections, or gradients of them, as arrays by their names."""
-  out = {}
-  for key, name in table(config).items():
-    x = _find(trees, key)
-    if x is None:
-      continue
-    if '.experts.' in name:
-      x = np.swapaxes(x, -1, -2)
-    elif x.ndim > 1 and key[-1] not in ('embed', 'head'):
-      # wo is [N, U, D]: its output is last; elsewhere the input comes first.
-      x = (
-        x.reshape(-1, x.shape[-1])
-        if key[-1] == 'wo'
-        else x.reshape(x.shape[0], -1)
-      )
-      x = x.T
-    out[name] = np.concatenate([out[name], x], 1) if name in out else x
-  return out
-
-
-def _find(trees, key):
-  stack, *path = key
-  index = path.pop(0) if path else None
+  leaves, parts = {}, {}
   for tree in trees:
-    node = tree.get(stack)
-    for part in path:
-      node = node.get(part) if isinstance(node, dict) else None
-    if node is not None:
-      return np.asarray(node if index is None else node[index])
-  return None
+    leaves |= _flat(tree)
+  for tensor in names.tensors(config):
+    if tensor.leaf[1:] in leaves and not tensor.copy_of:
+      array = tensor.from_jax(leaves[tensor.leaf[1:]][tensor.index])
+      parts.setdefault(_place(config, tensor), []).append(array)
+  arrays = {}
+  for (name, _), found in parts.items():
+    # In the order of the table: w1 (gate) before w3 (up).
+    x = np.stack(found) if '.experts.' in name else found[0]
+    arrays[name] = np.concatenate([arrays[name], x], 1) if name in arrays else x
+  return arrays
 
 
 def to_tree(config: ModelConfig, arrays: dict, like):
   """Their arrays, or gradients, in the structure of `like`, ours."""
-
-  def leaf(path, x):
-    stack, *inner = (part.key for part in path)
-    if not inner:
-      return _ours(arrays[names[stack,]], stack, x.shape)
-    return np.stack(
-      [
-        _ours(arrays[names[stack, i, *inner]], inner[-1], shape)
-        for i, shape in enumerate([x.shape[1:]] * x.shape[0])
-      ]
-    )
-
-  names = table(config)
-  return jax.tree_util.tree_map_with_path(leaf, like)
-
-
-def _ours(x, name, shape):
-  if x.ndim == 3:  # Experts.
-    half = x.shape[1] // 2
-    x = {'w1': x[:, :half], 'w3': x[:, half:]}.get(name, x)
-    return np.swapaxes(x, 1, 2)
-  return (
-    x.reshape(shape)
-    if name in ('embed', 'head') or x.ndim == 1
-    else (x.T.reshape(shape))
+  leaves = {path: np.empty_like(x) for path, x in _flat(like).items()}
+  for tensor in names.tensors(config):
+    if tensor.leaf[1:] not in leaves:
+      continue
+    name, projection = _place(config, tensor)
+    x = arrays[name]
+    if projection:
+      half = x.shape[1] // 2
+      x = {'gate': x[:, :half], 'up': x[:, half:]}.get(projection, x)
+      x = x[tensor.index[1]]
+    leaves[tensor.leaf[1:]][tensor.index] = tensor.to_jax(x)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: leaves[tuple(part.key for part in path)], like
   )
+
+
+def _flat(tree, path=()):
+  if not isinstance(tree, dict):
+    return {path: np.asarray(tree)}
+  flat = {}
+  for key, value in tree.items():
+    flat |= _flat(value, (*path, key))
+  return flat
+
+
+def _place(config: ModelConfig, tensor: names.Tensor) -> tuple[str, str]:
+  """(their name in memory, projection of a fused one).
+
+  Experts are one array there, w1 and w3 of them too; MTP is a model of its own.
+  """
+  name, projection = tensor.name, ''
+  match = _EXPERT.fullmatch(name)
+  if match:
+    projection = match[2]
+    kind = 'down_proj' if projection == 'down' else 'gate_up_proj'
+    name = f'{match[1]}.{kind}'
+  if tensor.leaf[1] != 'mtp':
+    return name, projection
+  [k] = tensor.index[:1]
+  inner = name.removeprefix(f'model.layers.{config.n_layers + k}.')
+  inner = inner.replace('shared_head.norm', 'post_norm')
+  block = 'mtp_block.' if tensor.leaf[2] == 'block' else ''
+  return f'layers.{k}.{block}{inner}', projection
 
 
 def build(config: ModelConfig, *trees):
@@ -159,7 +101,10 @@ def build(config: ModelConfig, *trees):
   cls = (
     transformers.DeepseekV2Config if is_v2 else transformers.DeepseekV3Config
   )
-  hf_config = cls(**_shape(config), **_moe(config, is_v2))
+  fields = released.from_model(config)
+  if not is_v2:
+    fields['num_mtp_layers'] = config.n_mtp_layers
+  hf_config = cls(**fields)
   hf_config._attn_implementation = 'eager'
   hf_config._experts_implementation = 'eager'
   model_cls = (
@@ -190,55 +135,3 @@ def _load(model, config, trees, chosen):
   shared = ('lm_head', 'embed_tokens', 'shared_head', 'rotary')
   assert not unexpected, unexpected
   assert all(name.startswith(shared) for name in missing), missing
-
-
-def _shape(c: ModelConfig) -> dict:
-  rope = {'rope_type': 'default', 'rope_theta': c.rope.theta}
-  if c.rope.factor > 1:
-    rope |= {
-      'rope_type': 'yarn',
-      'factor': c.rope.factor,
-      'original_max_position_embeddings': c.rope.original_seq_len,
-      'beta_fast': c.rope.beta_fast,
-      'beta_slow': c.rope.beta_slow,
-      'mscale': c.rope.mscale,
-      'mscale_all_dim': c.rope.mscale,
-    }
-  return {
-    'vocab_size': c.vocab_size,
-    'hidden_size': c.dim,
-    'intermediate_size': c.inter_dim,
-    'num_hidden_layers': c.n_layers,
-    'first_k_dense_replace': c.n_first_dense,
-    'num_attention_heads': c.n_heads,
-    'num_key_value_heads': c.n_heads,
-    'q_lora_rank': c.mla.q_lora_rank or None,
-    'kv_lora_rank': c.mla.kv_lora_rank,
-    'qk_nope_head_dim': c.mla.qk_nope_head_dim,
-    'qk_rope_head_dim': c.mla.qk_rope_head_dim,
-    'v_head_dim': c.mla.v_head_dim,
-    'rms_norm_eps': c.norm_eps,
-    'tie_word_embeddings': c.tie_embeddings,
-    'max_position_embeddings': int(c.rope.original_seq_len * c.rope.factor),
-    'rope_parameters': rope,
-  }
-
-
-def _moe(c: ModelConfig, is_v2: bool) -> dict:
-  moe = c.moe
-  limited = moe.n_limited_groups < moe.n_expert_groups
-  fields = {
-    'n_routed_experts': moe.n_routed_experts,
-    'n_shared_experts': moe.n_shared_experts,
-    'num_experts_per_tok': moe.n_activated_experts,
-    'moe_intermediate_size': moe.moe_inter_dim,
-    'n_group': moe.n_expert_groups,
-    'topk_group': moe.n_limited_groups,
-    'norm_topk_prob': moe.norm_topk,
-    'routed_scaling_factor': moe.route_scale,
-  }
-  if is_v2:
-    return fields | {
-      'topk_method': 'group_limited_greedy' if limited else 'greedy'
-    }
-  return fields | {'num_mtp_layers': c.n_mtp_layers}
