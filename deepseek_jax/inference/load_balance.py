@@ -1,4 +1,4 @@
-"""EPLB: where redundant copies of busy experts go (V3 section 3.4).
+"""EPLB: where redundant copies of busy experts go (V3 section 3.4.1).
 
 Deciding is arithmetic on the host: numpy only.  The loads are those that
 `generate.Generation.load_LE` collected, or of any other period.

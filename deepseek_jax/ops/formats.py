@@ -1,4 +1,4 @@
-"""Number formats as data, and exact rounding to them (V3 section 3.3).
+"""Number formats as data, and exact rounding to them (V3 section 3.3.2).
 
 A `Format` is a sign, exponent bits and mantissa bits.  `round_to` gives the
 nearest number of a format, as float32; `encode` and `decode` store it in as

@@ -1,4 +1,4 @@
-"""A linear layer whose three products are FP8 (V3 section 3.3, figure 6).
+"""A linear layer whose three products are FP8 (V3 section 3.3.1, figure 6).
 
 Fprop, Dgrad and Wgrad each quantise their own operands: activations and
 gradients in 1 x 128 tiles, weights in 128 x 128 blocks, and both operands of
