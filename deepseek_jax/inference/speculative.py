@@ -177,10 +177,12 @@ def _slide(window, hidden_BTD, new_BT, live_B, count_B, M):
   )
   tokens = jnp.concatenate([_at(window.tokens_BW, first_B, M - 1), new_BT], 1)
   moved = Window(hidden, tokens, M - 1 + count_B)
-  keep = lambda new, old: jnp.where(  # noqa: E731
-    live_B.reshape(-1, *[1] * (new.ndim - 1)), new, old
-  )
-  return jax.tree.map(keep, moved, window)
+
+  def keep_if_live(new, old):
+    live = live_B.reshape(-1, *[1] * (new.ndim - 1))
+    return jnp.where(live, new, old)
+
+  return jax.tree.map(keep_if_live, moved, window)
 
 
 def _count(tally, live_B, count_B, drafts):
