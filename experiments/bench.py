@@ -1,6 +1,7 @@
 """Speed and memory beside `transformers`, measured alternately in one run.
 
     python -m experiments.bench                       # bench_cpu
+    python -m experiments.bench --suite=decode        # prefill and generation
     python -m experiments.bench --suite=remat         # recomputation policies
     python -m experiments.bench --preset=tiny --rounds=2
 
@@ -21,7 +22,7 @@ from deepseek_jax.planner import flops as flops_lib
 from experiments import bench_worker
 
 _SUITE = absl_flags.DEFINE_enum(
-  'suite', 'train', ['train', 'remat'], 'What is compared.'
+  'suite', 'train', ['train', 'decode', 'remat'], 'What is compared.'
 )
 _ROUNDS = absl_flags.DEFINE_integer(
   'rounds', 5, 'Timed rounds after one of warm-up.', lower_bound=1
@@ -34,6 +35,7 @@ _AGAINST = absl_flags.DEFINE_list(
 flags.define(default_preset='bench_cpu')
 
 OURS = 'deepseek_jax'
+_CACHES = ('dynamic', 'static')  # Of transformers.
 
 
 class Worker:
@@ -118,6 +120,59 @@ def _table(results: dict[str, dict], config: config_lib.Config) -> str:
   return '\n'.join(lines)
 
 
+def measure_decode(
+  workers: list[Worker], rounds: int, has_mtp: bool
+) -> dict[tuple[int, str, int], tuple[float, float]]:
+  """(batch, worker, way) -> median seconds of prefill, and per new token.
+
+  The ways of `transformers` are its dynamic and its static cache (0, 1); ours
+  are drafts per pass: none, and one if there is an MTP module.
+  """
+  new, result = bench_worker.PROMPT, {}
+  for batch in (1, 8):
+    cases = [(w, way) for w in workers for way in (0, 1)]
+    cases = [(w, way) for w, way in cases if w.name != OURS or way <= has_mtp]
+    seconds = {case: ([], []) for case in cases}
+    for i in range(rounds + 1):
+      for (worker, way), (prefill, decode) in seconds.items():
+        short = worker.run(f'generate {batch} 1 {way}')['seconds']
+        long = worker.run(f'generate {batch} {new} {way}')['seconds']
+        if i:
+          prefill.append(short)
+          decode.append((long - short) / (new - 1))
+    for (worker, way), times in seconds.items():
+      result[batch, worker.name, way] = tuple(map(statistics.median, times))
+  return result
+
+
+def _decode_table(results: dict[tuple[int, str, int], tuple]) -> str:
+  n = bench_worker.PROMPT
+  lines = [
+    f'prompts of {n} tokens, {n} new ones each, greedy',
+    '| | batch | prefill ms | decode tokens/s |',
+    '|---|---|---|---|',
+  ]
+  for (batch, name, way), (prefill, decode) in results.items():
+    what = (
+      ('', ', drafting')[way] if name == OURS else f', {_CACHES[way]} cache'
+    )
+    lines.append(
+      f'| {name}{what} | {batch} | {prefill * 1e3:.0f} | {batch / decode:.1f} |'
+    )
+  for batch in sorted({key[0] for key in results}):
+    others = [v for k, v in results.items() if k[0] == batch and k[1] != OURS]
+    if others:
+      ratios = [
+        min(column) / mine
+        for column, mine in zip(zip(*others), results[batch, OURS, 0])
+      ]
+      lines.append(
+        f'batch {batch}: prefill {ratios[0]:.2f}, decode {ratios[1]:.2f} times '
+        'the faster of the others'
+      )
+  return '\n'.join(lines)
+
+
 def _remat_table(config: config_lib.Config) -> str:
   """Bytes and FLOPs of the compiled step under each recomputation policy."""
   import jax
@@ -172,8 +227,11 @@ def main() -> None:
     for name in [OURS, *_AGAINST.value]:
       workers.append(Worker(name, options))
       stack.callback(workers[-1].close)
-    results = measure(workers, _ROUNDS.value)
-  print(_table(results, config))
+    if _SUITE.value == 'decode':
+      has_mtp = config.model.n_mtp_layers > 0
+      print(_decode_table(measure_decode(workers, _ROUNDS.value, has_mtp)))
+    else:
+      print(_table(measure(workers, _ROUNDS.value), config))
 
 
 if __name__ == '__main__':

@@ -5,8 +5,8 @@ stdin and stdout, to run: timings alternate, and peak memory is the process's.
 
     python -m experiments.bench_worker NAME '{"preset": "bench_cpu", ...}'
 
-Each line of stdin names a task; the answer is one JSON line of seconds.  NAME
-is `deepseek_jax` or `transformers:EXPERTS:ATTENTION`, e.g.
+Each line of stdin names a task and its integers; the answer is one JSON line of
+seconds.  NAME is `deepseek_jax` or `transformers:EXPERTS:ATTENTION`, e.g.
 `transformers:grouped_mm:sdpa`.
 """
 
@@ -22,6 +22,16 @@ from deepseek_jax import presets
 
 # The side of the square float32 product that measures a machine's own rate.
 MATMUL = 2048
+
+
+# Tokens of each prompt that is continued.
+PROMPT = 64
+
+
+def _prompts(config: config_lib.Config, batch: int) -> list[list[int]]:
+  rng = np.random.default_rng(0)
+  shape = (batch, PROMPT)
+  return rng.integers(0, config.model.vocab_size, shape).tolist()
 
 
 def _tokens(config: config_lib.Config, seed: int) -> np.ndarray:
@@ -40,6 +50,7 @@ class JaxWorker:
 
     loop.use_compilation_cache(config)
     self._jax, self._config, self._count = jax, config, 0
+    self._weights = None  # Of inference, made when first asked for.
     self._model = step.build_model(config)
     tx = optimizer.adamw(config.optim, config.precision)
     self._state = step.init_state(self._model, tx, 0)
@@ -68,6 +79,19 @@ class JaxWorker:
     tokens = _tokens(self._config, 0)[:, :-1]
     self._jax.block_until_ready(
       self._forward(state.params, state.router_state, tokens)
+    )
+
+  def generate(self, batch: int, new_tokens: int, drafts: int = 0) -> None:
+    """Greedy continuation of prompts of `PROMPT` tokens."""
+    from deepseek_jax.inference import generate, weights
+
+    if self._weights is None:
+      state = self._state
+      variables = {'params': state.params, 'router_state': state.router_state}
+      self._weights = weights.unstack(self._model, variables)
+    prompts = _prompts(self._config, batch)
+    generate.generate(
+      self._model, self._weights, prompts, new_tokens, drafts=drafts
     )
 
   def matmul(self) -> None:
@@ -132,6 +156,21 @@ class TorchWorker:
     with self._torch.inference_mode():
       logits = self._model(self._batch(0)[:, :-1], use_cache=False).logits
       logits[0, 0, 0].item()
+
+  def generate(self, batch: int, new_tokens: int, static: int = 0) -> None:
+    """Greedy continuation, with `transformers`' static or dynamic cache."""
+    prompts = self._torch.tensor(_prompts(self._config, batch))
+    prompts = prompts.to(self._device)
+    with self._torch.inference_mode():
+      self._model.generate(
+        prompts,
+        attention_mask=self._torch.ones_like(prompts),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        cache_implementation='static' if static else None,
+      )[0, 0].item()
 
   def matmul(self) -> None:
     """A large float32 product."""
@@ -198,7 +237,8 @@ def main() -> None:
   answers.flush()
   for line in sys.stdin:
     started = time.perf_counter()
-    result = getattr(worker, line.strip())() or {}
+    task, *numbers = line.split()
+    result = getattr(worker, task)(*map(int, numbers)) or {}
     seconds = time.perf_counter() - started
     print(json.dumps({'seconds': seconds, **result}), file=answers)
     answers.flush()
