@@ -73,7 +73,7 @@ class Worker:
 def measure(workers: list[Worker], rounds: int) -> dict[str, dict]:
   """Medians of `rounds` alternating rounds, per worker and task."""
   tasks = ('train', 'forward', 'matmul')
-  first = {w.name: w.build + w.run('train')['seconds'] for w in workers}
+  ready = {w.name: w.build + w.run('ready')['seconds'] for w in workers}
   seconds = {w.name: {t: [] for t in tasks} for w in workers}
   for i in range(rounds + 1):
     for task in tasks:
@@ -83,7 +83,7 @@ def measure(workers: list[Worker], rounds: int) -> dict[str, dict]:
           seconds[worker.name][task].append(elapsed)
   return {
     w.name: {
-      'first_step': first[w.name],
+      'ready': ready[w.name],
       **{t: statistics.median(s) for t, s in seconds[w.name].items()},
       **w.run('memory'),
     }
@@ -100,7 +100,7 @@ def _table(results: dict[str, dict], config: config_lib.Config) -> str:
     f'matmul rate of this machine in this run: {rate / 1e9:.0f} GFLOP/s',
     f'{flops / 1e9:.0f} GFLOP per training step of {tokens} tokens',
     '| | train tokens/s | share of matmul rate | forward tokens/s | '
-    'share | peak GB | first step s |',
+    'share | peak GB | ready s |',
     '|---|---|---|---|---|---|---|',
   ]
   for name, r in results.items():
@@ -108,7 +108,7 @@ def _table(results: dict[str, dict], config: config_lib.Config) -> str:
       f'| {name} | {tokens / r["train"]:.0f} '
       f'| {flops / r["train"] / rate:.0%} | {tokens / r["forward"]:.0f} '
       f'| {flops / 3 / r["forward"] / rate:.0%} '
-      f'| {r["peak_bytes"] / 1e9:.2f} | {r["first_step"]:.1f} |'
+      f'| {r["peak_bytes"] / 1e9:.2f} | {r["ready"]:.1f} |'
     )
   others = [r for name, r in results.items() if name != OURS]
   if others:
@@ -178,9 +178,9 @@ def _remat_table(config: config_lib.Config) -> str:
   import jax
   import numpy as np
 
-  from deepseek_jax.training import loop, optimizer, schedules, step
+  from deepseek_jax.training import optimizer, process, schedules, step
 
-  loop.use_compilation_cache(config)
+  process.prepare(config)
   lines = ['| remat | temporary MB | GFLOP | x none |', '|---|---|---|---|']
   base = None
   for policy in config_lib.REMATS:

@@ -19,6 +19,7 @@ import numpy as np
 
 from deepseek_jax import config as config_lib
 from deepseek_jax import presets
+from deepseek_jax.convert import hf_config
 
 # The side of the square float32 product that measures a machine's own rate.
 MATMUL = 2048
@@ -46,15 +47,16 @@ class JaxWorker:
   def __init__(self, config: config_lib.Config):
     import jax
 
-    from deepseek_jax.training import loop, optimizer, schedules, step
+    from deepseek_jax.training import optimizer, process, schedules, step
 
-    loop.use_compilation_cache(config)
+    process.prepare(config)
     self._jax, self._config, self._count = jax, config, 0
     self._weights = None  # Of inference, made when first asked for.
     self._model = step.build_model(config)
     tx = optimizer.adamw(config.optim, config.precision)
     self._state = step.init_state(self._model, tx, 0)
-    self._step = step.make_train_step(self._model, config, tx)
+    self._train_step = step.make_train_step(self._model, config, tx)
+    self._step = None  # Compiled by `ready`.
     self._hyper = schedules.Schedule(config).at
     self._forward = jax.jit(
       lambda params, state, tokens: self._model.apply(
@@ -62,13 +64,18 @@ class JaxWorker:
       )
     )
 
-  def train(self) -> None:
-    """One optimizer step."""
+  def _train_args(self):
     tokens = _tokens(self._config, self._count)[None]
     batch = {'tokens': tokens, 'segments': np.ones_like(tokens)}
-    self._state, metrics = self._step(
-      self._state, batch, self._hyper(self._count)
-    )
+    return self._state, batch, self._hyper(self._count)
+
+  def ready(self) -> None:
+    """Traces and compiles the optimizer step."""
+    self._step = self._train_step.lower(*self._train_args()).compile()
+
+  def train(self) -> None:
+    """One optimizer step."""
+    self._state, metrics = self._step(*self._train_args())
     self._count += 1
     if not np.isfinite(float(metrics['loss'])):
       raise FloatingPointError('the benchmark diverged')
@@ -115,7 +122,7 @@ class TorchWorker:
     self._torch, self._config, self._count = torch, config, 0
     self._device = 'cuda' if torch.cuda.is_available() else 'cpu'
     torch.manual_seed(0)
-    hf = transformers.DeepseekV3Config(**_hf_fields(config.model))
+    hf = transformers.DeepseekV3Config(**hf_config.from_model(config.model))
     hf._attn_implementation = attention
     hf._experts_implementation = experts
     with self._torch.device(self._device):
@@ -133,6 +140,9 @@ class TorchWorker:
   def _batch(self, seed):
     tokens = _tokens(self._config, seed).astype(np.int64)
     return self._torch.from_numpy(tokens).to(self._device)
+
+  def ready(self) -> None:
+    """Nothing is compiled."""
 
   def train(self) -> None:
     """One optimizer step: forward, backward, clip, AdamW."""
@@ -186,37 +196,6 @@ class TorchWorker:
 
 def _peak_rss() -> int:
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _hf_fields(c: config_lib.ModelConfig) -> dict:
-  """Hugging Face's names for an unscaled-RoPE V3 architecture."""
-  return {
-    'vocab_size': c.vocab_size,
-    'hidden_size': c.dim,
-    'intermediate_size': c.inter_dim,
-    'moe_intermediate_size': c.moe.moe_inter_dim,
-    'num_hidden_layers': c.n_layers,
-    'first_k_dense_replace': c.n_first_dense,
-    'num_attention_heads': c.n_heads,
-    'num_key_value_heads': c.n_heads,
-    'n_shared_experts': c.moe.n_shared_experts,
-    'n_routed_experts': c.moe.n_routed_experts,
-    'num_experts_per_tok': c.moe.n_activated_experts,
-    'n_group': c.moe.n_expert_groups,
-    'topk_group': c.moe.n_limited_groups,
-    'norm_topk_prob': c.moe.norm_topk,
-    'routed_scaling_factor': c.moe.route_scale,
-    'q_lora_rank': c.mla.q_lora_rank,
-    'kv_lora_rank': c.mla.kv_lora_rank,
-    'qk_nope_head_dim': c.mla.qk_nope_head_dim,
-    'qk_rope_head_dim': c.mla.qk_rope_head_dim,
-    'v_head_dim': c.mla.v_head_dim,
-    'rms_norm_eps': c.norm_eps,
-    'initializer_range': c.init_std,
-    'tie_word_embeddings': c.tie_embeddings,
-    'max_position_embeddings': c.rope.original_seq_len,
-    'rope_parameters': {'rope_type': 'default', 'rope_theta': c.rope.theta},
-  }
 
 
 def _build(name: str, options: dict):
