@@ -159,6 +159,8 @@ def files(source: Source, model: config_lib.ModelConfig) -> list[stream.File]:
     path = f'{_item(tensor.leaf)}/{_chunk(tensor)}'
     part = stream.Part(tensor.name, spec, place=tensor)
     built.append(stream.File(path, (part,)))
+  # A leaf's chunks one after the other: a disk likes to fill one directory.
+  built.sort(key=lambda file: file.path.rpartition('/')[0])
   if rest:
     parts = {name: stream.Part(name, spec) for name, spec in rest.items()}
     built.append(stream.safetensors_file(EXTRA, parts))

@@ -22,7 +22,7 @@ from deepseek_jax.convert.safetensors_io import Extent, Spec
 from deepseek_jax.convert.sources import Source
 
 _MIN_BUDGET = 64 << 20  # Bytes of arrays in flight, if no tensor needs more.
-_COPY = 1 << 20  # Bytes copied at a time where nothing is converted.
+_COPY = 256 << 10  # Bytes copied at a time where nothing is converted.
 
 
 @dataclasses.dataclass(frozen=True)
