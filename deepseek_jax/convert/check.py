@@ -1,5 +1,6 @@
 """Checks a source against its config before anything is written."""
 
+import dataclasses
 from collections.abc import Iterable
 
 import ml_dtypes
@@ -63,8 +64,6 @@ def without_absent_mtp(config: ModelConfig, source: Source) -> ModelConfig:
 
   Conversions by others often leave them out.
   """
-  import dataclasses
-
   if not config.n_mtp_layers:
     return config
   first = f'model.layers.{config.n_layers}.'

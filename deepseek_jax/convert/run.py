@@ -53,11 +53,17 @@ def convert(
   keep_extra: bool = False,
   progress: bool = False,
 ) -> None:
-  """Converts a checkpoint; see `plan` for the arguments.
+  """Converts a checkpoint.
 
   Args:
+    src: see `plan`, also for `to`, `dtype`, `use_ema`, `mp` and `keep_extra`.
+    dst: directory to make; must not exist, or be empty.
+    to: the layout of `dst`.
+    dtype: its number format.
+    use_ema: read the averaged parameters.
+    mp: ranks of the official layout.
+    keep_extra: carry what is no part of the model along.
     progress: show a bar with bytes per second and the time left.
-    **_: those of `plan`.
 
   Raises:
     ValueError: as `plan`; if DST is not empty, the disk is too full, or

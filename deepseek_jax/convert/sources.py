@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.convert import fp8, names
+from deepseek_jax.convert import fp8, hf_config, names
 from deepseek_jax.convert import safetensors_io as st
 from deepseek_jax.convert.names import SCALE
 from deepseek_jax.convert.safetensors_io import Extent, Spec
@@ -90,8 +90,6 @@ def hugging_face(directory: pathlib.Path) -> Files:
   Raises:
     ValueError: naming file or tensor, if index and files do not agree.
   """
-  from deepseek_jax.convert import hf_config
-
   index = directory / INDEX
   if not index.exists():
     return Files(sorted(directory.glob('*.safetensors')))
