@@ -15,6 +15,7 @@ TEST = [
   'pytest',
   'pytest-xdist',
   'ruff',
+  'safetensors',
   # The reference implementations of the parity tests and of bench.py.  This
   # torch has a CPU build where the tests run, for Python 3.11 alone.
   'torch==2.13.0; python_version < "3.12"',
@@ -42,6 +43,7 @@ setuptools.setup(
     'orbax-checkpoint>=0.11',
     'pyarrow',
     'tensorboardX',
+    'tensorstore',
     'tokenizers',
     'tqdm',
   ],
