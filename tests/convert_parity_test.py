@@ -104,6 +104,8 @@ class TransformersTest(support.FolderTestCase):
     loaded, back = convert.load_hf(self.folder / 'theirs')
     self.assertEqual(loaded.model, config.model)
     self.assertEqual(loaded.precision.compute_dtype, 'float32')
+    # Evaluation of a released model must not take V3's batches of 15,360.
+    self.assertEqual(loaded.data.batch_size, 1)
     chex.assert_trees_all_equal(back, variables)
 
 

@@ -129,11 +129,16 @@ def cast(opened: Checkpoint, dtype: str) -> sources.Cast:
 
 
 def run_config(opened: Checkpoint, source: sources.Source) -> config_lib.Config:
-  """The run's config; a released model computes in the dtype of `source`."""
+  """The run's config; a released model computes in the dtype of `source`.
+
+  It is evaluated a sequence at a time, not in V3's batches of 15,360.
+  """
   if isinstance(opened.source, orbax_io.Workdir):
     return opened.config
   dtype = source.specs[EMBED].dtype.name
-  return config_lib.replace(opened.config, {'precision.compute_dtype': dtype})
+  return config_lib.replace(
+    opened.config, {'precision.compute_dtype': dtype, 'data.batch_size': 1}
+  )
 
 
 def load_hf(
