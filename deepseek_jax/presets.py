@@ -193,10 +193,10 @@ def quickstart() -> Config:
       lr=3e-3,
       warmup_steps=30,
       ema_decay=0.99,
-      gamma='0.005,0@0.96622',  # For 400 steps instead of 243,870.
+      gamma='0.005,0@0.96622',  # For 220 steps instead of 243,870.
     ),
     train=config_lib.TrainConfig(
-      steps=400, remat='none', eval_every=100, eval_batches=8, save_every=100
+      steps=220, remat='none', eval_every=55, eval_batches=8, save_every=55
     ),
   )
 
