@@ -1,0 +1,55 @@
+"""JAX's CUDA plugin beside the CPU's jaxlib: programs compiled for no GPU.
+
+The two wheels (130 MB) come on first use into a folder of the system's
+temporary directory, which only the subprocesses that compile see: installed
+into the environment they would make every start of JAX print a traceback.
+"""
+
+import fcntl
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import jax
+
+_ROOT = pathlib.Path(__file__).parent.parent
+_WHEELS = ('jax-cuda13-plugin', 'jax-cuda13-pjrt')
+
+
+def plugin() -> pathlib.Path:
+  """The folder of the plugin of this JAX and Python, installed if missing."""
+  python = '{}.{}'.format(*sys.version_info)
+  name = f'deepseek_jax_cuda_{jax.__version__}_{python}'
+  folder = pathlib.Path(tempfile.gettempdir()) / name
+  with open(f'{folder}.lock', 'w') as lock:  # Tests run in two processes.
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not folder.exists():
+      with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
+        target = pathlib.Path(partial) / 'target'
+        wheels = [f'{wheel}=={jax.__version__}' for wheel in _WHEELS]
+        pip = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps']
+        subprocess.run([*pip, f'--target={target}', *wheels], check=True)
+        target.rename(folder)
+  return folder
+
+
+def run(*arguments: str) -> str:
+  """What `python ARGUMENTS` prints, where it can compile for a GPU."""
+  paths = [str(plugin()), str(_ROOT), os.environ.get('PYTHONPATH', '')]
+  environment = {
+    **os.environ,
+    'PYTHONPATH': os.pathsep.join(filter(None, paths)),
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': '',  # Those of conftest.py are for the CPU.
+  }
+  done = subprocess.run(
+    [sys.executable, *arguments],
+    cwd=_ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout
