@@ -1,0 +1,152 @@
+"""A schedule as a picture, like figure 5 of V3, and as text for a terminal."""
+
+import os
+import pathlib
+import textwrap
+from typing import Any
+
+from deepseek_jax.parallel import schedules, simulate
+from deepseek_jax.parallel.schedules import Step
+from deepseek_jax.parallel.simulate import Timeline
+
+_DPI = 120
+_WIDTH = 78  # Columns of the terminal's chart; a longer run is compressed.
+# One colour for each kind, darker for the second direction or chunk.
+_COLORS = {
+  'F': ('#f5b971', '#e08e2b'),
+  'B': ('#8fc3a8', '#4d9a76'),
+  'b': ('#9fb8e0', '#6387c4'),
+  'w': ('#d6d6d6', '#ababab'),
+}
+_KINDS = {
+  'F': 'forward',
+  'B': 'backward',
+  'b': 'gradient of the input',
+  'w': 'gradient of the weights',
+}
+
+
+def draw(timeline: Timeline, path: str | os.PathLike) -> None:
+  """Draws a simulated run into a .png or .svg, making its folder if need be.
+
+  Raises:
+    ValueError: another suffix.
+  """
+  path = pathlib.Path(path)
+  if path.suffix not in ('.png', '.svg'):
+    raise ValueError(f'out={path}: end it in .png or .svg')
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure(timeline).savefig(path, dpi=_DPI)
+
+
+def figure(timeline: Timeline) -> Any:
+  """The matplotlib figure: time to the right, ranks downwards.
+
+  Numbers are micro-batches.  A pair is its forward above its backward, in one
+  black frame.
+  """
+  from matplotlib import figure as figure_lib  # Slow to import.
+  from matplotlib import patches
+
+  schedule = timeline.schedule
+  width = min(40.0, 2 + 0.26 * timeline.makespan)
+  height = 1.6 + 0.42 * schedule.ranks
+  result = figure_lib.Figure((max(6.0, width), height), layout='constrained')
+  axis = result.subplots()
+  size = 6 if timeline.makespan * 0.26 <= width else 0
+  for rank, row in enumerate(schedule.rows):
+    for i, step in enumerate(row):
+      start, end = timeline.starts[rank][i], timeline.ends[rank][i]
+      _draw_step(axis, rank, start, end, step, size)
+  axis.set(
+    xlim=(0, timeline.makespan),
+    ylim=(schedule.ranks, 0),
+    yticks=[rank + 0.5 for rank in range(schedule.ranks)],
+    yticklabels=[f'rank {rank}' for rank in range(schedule.ranks)],
+    xlabel='time',
+    title=_title(timeline),
+  )
+  kinds = {t.kind for row in schedule.rows for step in row for t in step}
+  handles = [
+    patches.Patch(color=_COLORS[kind][0], label=text)
+    for kind, text in _KINDS.items()
+    if kind in kinds
+  ]
+  result.legend(handles=handles, loc='outside lower center', ncols=4)
+  return result
+
+
+def _draw_step(axis, rank, start, end, step: Step, size):
+  from matplotlib import patches
+
+  height = 1 / len(step)
+  for i, task in enumerate(step):
+    x, y = start, rank + i * height
+    color = _COLORS[task.kind][task.chunk % 2]
+    axis.add_patch(
+      patches.Rectangle((x, y), end - start, height, fc=color, ec='white')
+    )
+    if size:
+      axis.text(
+        (start + end) / 2,
+        y + height / 2,
+        str(task.microbatch),
+        ha='center',
+        va='center',
+        fontsize=size,
+      )
+  if len(step) > 1:
+    axis.add_patch(
+      patches.Rectangle((start, rank), end - start, 1, fc='none', ec='black')
+    )
+
+
+def _title(timeline: Timeline) -> str:
+  schedule, costs = timeline.schedule, timeline.costs
+  return (
+    f'{schedule.name}: {schedule.ranks} ranks, {schedule.microbatches} '
+    f'micro-batches, F={costs.forward:g} B={costs.backward:g} '
+    f'W={costs.weight:g} F&B={costs.pair:g}'
+  )
+
+
+def text(timeline: Timeline) -> str:
+  """The same for a terminal: a chart, a table, and every rank's steps."""
+  parts = [_title(timeline), _chart(timeline), _table(timeline)]
+  for rank in range(timeline.schedule.ranks):
+    row = schedules.describe(timeline.schedule, rank)
+    parts.append(textwrap.fill(f'r{rank}: {row}', 80, subsequent_indent='  '))
+  return '\n'.join(parts)
+
+
+def _chart(timeline: Timeline) -> str:
+  """One line a rank: what it does in the middle of each column's time."""
+  unit = max(1.0, timeline.makespan / _WIDTH)
+  columns = round(timeline.makespan / unit)
+  lines = []
+  for rank, row in enumerate(timeline.schedule.rows):
+    line = ['.'] * columns
+    for i, step in enumerate(row):
+      symbol = step[0].kind if len(step) == 1 else '#'
+      for column in range(columns):
+        middle = (column + 0.5) * unit
+        if timeline.starts[rank][i] <= middle < timeline.ends[rank][i]:
+          line[column] = symbol
+    lines.append(f'{rank:3} {"".join(line)}')
+  legend = f'    one column: {unit:.3g}; # a pair, . the bubble'
+  return '\n'.join([*lines, legend])
+
+
+def _table(timeline: Timeline) -> str:
+  schedule = timeline.schedule
+  lines = ['rank   busy bubble   share  activations']
+  for rank in range(schedule.ranks):
+    bubble = timeline.bubble(rank)
+    lines.append(
+      f'{rank:4} {timeline.busy(rank):6.4g} {bubble:6.4g} '
+      f'{bubble / timeline.makespan:7.1%} '
+      f'{simulate.peak_activations(schedule, rank):12}'
+    )
+  formula = simulate.bubble_formula(schedule, timeline.costs)
+  end = f'makespan {timeline.makespan:g}, bubble by table 2: {formula:g}'
+  return '\n'.join([*lines, end])
