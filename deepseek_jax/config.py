@@ -39,6 +39,11 @@ def _at_least(field: str, value: float, low: float) -> None:
   )
 
 
+def _divisors(value: int, limit: int | None = None) -> list[int]:
+  limit = value if limit is None else min(value, limit)
+  return [n for n in range(1, limit + 1) if value % n == 0]
+
+
 def _fraction(field: str, value: float) -> None:
   _require(0 <= value < 1, field, value, 'use a fraction in [0, 1)')
 
@@ -169,12 +174,12 @@ class MoEConfig:
     experts, groups = self.n_routed_experts, self.n_expert_groups
     for name in ('n_activated_experts', 'moe_inter_dim', 'n_expert_groups'):
       _at_least(p + name, getattr(self, name), 1)
-    divisors = [g for g in range(1, experts + 1) if experts % g == 0]
     _require(
       experts % groups == 0,
       p + 'n_expert_groups',
       groups,
-      f'must divide n_routed_experts={experts}; use one of {divisors}',
+      f'must divide n_routed_experts={experts}; use one of '
+      f'{_divisors(experts)}',
     )
     _require(
       1 <= self.n_limited_groups <= groups,
@@ -383,6 +388,58 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+  """How many devices share a run, and what they divide among them.
+
+  Every device but those of other stages has sequences of its own.  All axes of
+  1 is one device; otherwise their product is the number of devices.
+  """
+
+  data: int = 1  # Copies of the model.
+  fsdp: int = 1  # Parts of each matrix, collected layer by layer.
+  node: int = 1  # Nodes that divide the experts ...
+  expert: int = 1  # ... and devices of a node that divide the node's.
+  stage: int = 1  # Pipeline stages.
+  zero1: bool = False  # Divide FP32 weights and moments over all copies.
+  cpu_devices: int = 0  # Above 0: try the layout on as many CPU devices.
+  num_processes: int = 1  # 0: as SLURM, Open MPI or Kubernetes says.
+  process_id: int = -1  # Of this one, from 0; -1: as the cluster says.
+  coordinator: str = ''  # host:port of process 0; empty: likewise.
+
+  def __post_init__(self):
+    p = 'parallel.'
+    for name in ('data', 'fsdp', 'node', 'expert', 'stage'):
+      _at_least(p + name, getattr(self, name), 1)
+    for name in ('cpu_devices', 'num_processes'):
+      _at_least(p + name, getattr(self, name), 0)
+    _at_least(p + 'process_id', self.process_id, -1)
+    _require(
+      self.num_processes == 0 or self.process_id < self.num_processes,
+      p + 'process_id',
+      self.process_id,
+      f'use 0 to {self.num_processes - 1}, for num_processes='
+      f'{self.num_processes}',
+    )
+    host, _, port = self.coordinator.rpartition(':')
+    _require(
+      not self.coordinator or (bool(host) and port.isdecimal()),
+      p + 'coordinator',
+      self.coordinator,
+      'write host:port of process 0',
+    )
+
+  @property
+  def n_devices(self) -> int:
+    """Devices of all processes."""
+    return self.n_batch_shards * self.stage
+
+  @property
+  def n_batch_shards(self) -> int:
+    """Devices that have sequences of their own."""
+    return self.data * self.fsdp * self.node * self.expert
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """A whole run."""
 
@@ -391,6 +448,7 @@ class Config:
   data: DataConfig = DataConfig()
   optim: OptimConfig = OptimConfig()
   train: TrainConfig = TrainConfig()
+  parallel: ParallelConfig = ParallelConfig()
 
   def __post_init__(self):
     micro, batch = self.micro_batch_size, self.data.batch_size
@@ -416,6 +474,29 @@ class Config:
       'model.n_mtp_layers',
       self.model.n_mtp_layers,
       f'use fewer than data.seq_len={self.data.seq_len}',
+    )
+    self._check_parallel()
+
+  def _check_parallel(self):
+    parallel, micro = self.parallel, self.micro_batch_size
+    shards, parts = parallel.n_batch_shards, parallel.node * parallel.expert
+    experts = self.model.moe.n_routed_experts
+    _require(
+      parts == 1 or (experts > 0 and experts % parts == 0),
+      'parallel.expert',
+      parallel.expert,
+      f'node x expert = {parts} must divide n_routed_experts={experts}; use '
+      f'a product among {_divisors(experts, parts) or [1]}',
+    )
+    _require(
+      micro % shards == 0,
+      'train.micro_batch_size'
+      if self.train.micro_batch_size
+      else 'data.batch_size',
+      micro,
+      f'data x fsdp x node x expert = {shards} devices share the sequences '
+      f'of a micro-batch; use a multiple of {shards}, or a product among '
+      f'{_divisors(micro, shards)}',
     )
 
   @property

@@ -11,6 +11,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.layers import params
 from deepseek_jax.layers.mlp import MLP
 from deepseek_jax.ops import expert_decode, experts, losses, routing
+from deepseek_jax.parallel import sharding
 
 
 class MoEStats(NamedTuple):
@@ -92,7 +93,8 @@ class MoE(nn.Module):
 
   def _expert_weights(self, x_BTD):
     c = self.config
-    E, D, F = c.moe.n_routed_experts, c.dim, c.moe.moe_inter_dim
+    D, F = c.dim, c.moe.moe_inter_dim
+    E = sharding.local_experts(c.moe.n_routed_experts)
     up = params.normal(c.init_std, 'experts', 'dim', 'mlp')
     down = params.normal(c.init_std, 'experts', 'mlp', 'dim')
     w1 = self.param('w1', up, (E, D, F), jnp.float32)
