@@ -35,6 +35,18 @@ class ExpertFfnTest(parameterized.TestCase):
       tolerances.COMPONENT_PARITY,
     )
 
+  @parameterized.parameters((3, 16), (70, 3))
+  def test_id_E_is_no_expert(self, T, E):
+    *arrays, ids, gates = _case(T, E)
+    absent = np.random.default_rng(0).random(ids.shape) < 0.4
+    tolerances.assert_close(
+      jax.jit(expert_decode.expert_ffn)(
+        *arrays, np.where(absent, E, ids), gates
+      ),
+      jax.jit(experts.expert_ffn)(*arrays, ids, np.where(absent, 0, gates)),
+      tolerances.COMPONENT_PARITY,
+    )
+
   @parameterized.parameters(1, 2, 9)
   def test_reads_only_the_experts_that_were_chosen(self, T):
     x, *matrices, ids, gates = _case(T, 32)

@@ -115,6 +115,33 @@ class ExpertFfnTest(parameterized.TestCase):
     ids = np.stack([rng.permutation(5)[:3] for _ in range(30)])
     self._check(ids.astype(np.int32), 6)
 
+  def test_id_E_is_no_expert(self):
+    """Nothing comes of such a choice, nor any gradient, not even of NaN."""
+    rng = np.random.default_rng(5)
+    ids = rng.integers(3, size=(200, 2)).astype(np.int32)
+    absent = rng.random(ids.shape) < 0.5
+    args = self._problem(ids, 3)
+    *others, weights = args
+    dy = _normal(rng, *args[0].shape)
+
+    def run(ids, *args):
+      y, vjp = jax.vjp(lambda *a: experts.expert_ffn(*a[:4], ids, a[4]), *args)
+      return y, vjp(jnp.asarray(dy))
+
+    y, gradients = jax.jit(run)(np.where(absent, 3, ids), *args)
+    expected, expected_gradients = jax.jit(run)(
+      ids, *others, np.where(absent, 0, weights)
+    )
+    tolerances.assert_close(y, expected, tolerances.FLOAT32_MATH)
+    tolerances.assert_close(
+      gradients[:4], expected_gradients[:4], tolerances.COMPONENT_PARITY
+    )
+    np.testing.assert_array_equal(gradients[4][absent], 0)
+    args[0][absent.all(1)] = np.nan  # Tokens without any expert.
+    y, gradients = jax.jit(run)(np.where(absent, 3, ids), *args)
+    np.testing.assert_array_equal(y[absent.all(1)], 0)
+    np.testing.assert_array_equal(gradients[0][absent.all(1)], 0)
+
   def test_a_nan_stays_in_its_token(self):
     """Blocks reach over a group's end; what they read there must not count."""
     ids = np.repeat(np.arange(3), (7, 13, 0))[:, None].astype(np.int32)

@@ -34,7 +34,8 @@ def _make_blocks(ids_R: jax.Array, n_experts: int, size: int) -> _Blocks:
   """`ids_R` is sorted."""
   R = ids_R.size
   if size == 1:
-    return _Blocks(ids_R, jnp.arange(R), jnp.int32(R))
+    count = (ids_R < n_experts).sum(dtype=jnp.int32)
+    return _Blocks(ids_R, jnp.arange(R), count)
   sizes_E = (ids_R[:, None] == jnp.arange(n_experts)).sum(0, dtype=jnp.int32)
   blocks_E = -(-sizes_E // size)
   last_E = jnp.cumsum(blocks_E)
@@ -64,6 +65,8 @@ def expert_ffn(
   padded = jnp.pad(order, (0, size))
   rows = x_TD[padded // K]
   gates = weights_TK.reshape(-1, 1)[padded].astype(jnp.float32)
+  # The last block may also reach into the rows of no expert.
+  gates = jnp.where(ids[padded, None] < E, gates, 0)
 
   def product(x, w):
     return jnp.matmul(x, w, preferred_element_type=jnp.float32)

@@ -39,7 +39,10 @@ class Permutation(NamedTuple):
 
 
 def sort_by_expert(expert_ids_TK: jax.Array, n_experts: int) -> Permutation:
-  """The stable permutation that groups (token, choice) pairs by expert."""
+  """The stable permutation that groups (token, choice) pairs by expert.
+
+  Pairs of no expert, id `n_experts`, are the last, outside of all groups.
+  """
   flat = expert_ids_TK.reshape(-1)
   order = jnp.argsort(flat, stable=True).astype(jnp.int32)
   rows = jnp.arange(flat.size, dtype=jnp.int32)
@@ -100,8 +103,15 @@ def _block(x: jax.Array, start: jax.Array) -> jax.Array:
   return lax.dynamic_slice_in_dim(x, start, _BLOCK)
 
 
+def _inside(blocks: _Blocks, i: jax.Array) -> jax.Array:
+  """Which rows of block i are of its expert: bool [block, 1]."""
+  row = blocks.start[i] + jnp.arange(_BLOCK)
+  return (row < blocks.end[i])[:, None]
+
+
 def _put(x: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
-  # Rows beyond the group's end are overwritten by the next group's block.
+  # Rows beyond the group's end are overwritten by the next group's block; those
+  # behind the last group are of no expert.
   return lax.dynamic_update_slice_in_dim(x, block.astype(x.dtype), start, 0)
 
 
@@ -129,6 +139,7 @@ def _forward(x_TD, w1, w2, w3, rows):
     up = _matmul(x, _own(w3, e), _NN).astype(x.dtype)
     hidden = _hidden(gate, up) * _block(rows.gate, start)
     y_i = _matmul(hidden.astype(x.dtype), _own(w2, e), _NN)
+    y_i = jnp.where(_inside(rows.blocks, i), y_i, 0)
     return _put(y, y_i, start), _put(gates, gate, start), _put(ups, up, start)
 
   dtype, F = x_TD.dtype, w1.shape[2]
@@ -152,6 +163,8 @@ def _input_grad(dy_TD, w1, w2, w3, gates, ups, rows):
     dweight = jnp.sum(hidden * dhidden, -1, keepdims=True)
     dgate, dup = vjp(dhidden * _block(rows.gate, start))
     dx_i = _matmul(dgate, _own(w1, e), _NT) + _matmul(dup, _own(w3, e), _NT)
+    inside = _inside(rows.blocks, i)
+    dx_i, dweight = (jnp.where(inside, v, 0) for v in (dx_i, dweight))
     return (
       _put(dx, dx_i, start),
       _put(dgates, dgate, start),
@@ -176,7 +189,7 @@ def _weight_grad(x_TD, dy_TD, gates, ups, dgates, dups, rows, n_experts):
 
   def body(i, carry):
     start, e = rows.blocks.start[i], rows.blocks.expert[i]
-    inside = (start + jnp.arange(_BLOCK) < rows.blocks.end[i])[:, None]
+    inside = _inside(rows.blocks, i)
     token = _block(rows.token, start)
     x = jnp.where(inside, x_TD[token], 0)
     hidden = _hidden(_block(gates, start), _block(ups, start))
@@ -251,7 +264,8 @@ def expert_ffn(
     w1_EDF: as the other two matrices, in the same dtype.
     w2_EFD: down projections.
     w3_EDF: up projections.
-    expert_ids_TK: int32.
+    expert_ids_TK: int32; E is no expert: it adds nothing, and its gate weight
+      gets no gradient.
     weights_TK: float32 gate weights.
   """
   permutation = sort_by_expert(expert_ids_TK, w1_EDF.shape[0])
