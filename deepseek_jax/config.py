@@ -11,6 +11,7 @@ the value and what would be accepted.
 import dataclasses
 import json
 import math
+import re
 from typing import Any
 
 ATTENTIONS = ('mla', 'mha', 'gqa', 'mqa')
@@ -21,6 +22,9 @@ AUX_LOSSES = ('sequence', 'batch', 'expert', 'gshard')
 DTYPES = ('float32', 'bfloat16', 'float16')
 LR_SCHEDULES = ('v3', 'v2', 'v2_lite', 'cosine', 'constant')
 REMATS = ('none', 'full', 'alternate', 'selective')
+TILES = ('1x128', '128x128', 'tensor')
+SCALES = ('float32', 'ceil', 'floor')
+ACCUMULATE = ('exact', 'hopper14')
 NONFINITES = ('stop', 'skip')
 
 
@@ -265,12 +269,67 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class FP8Config:
+  """FP8 linears (V3 sections 3.3.1 to 3.3.3); the defaults are V3's recipe.
+
+  A format is written e4m3, e5m2, e5m6, e8m7 (bfloat16), or as any such pair.
+  """
+
+  enabled: bool = False  # Linears of attention, dense FFN and shared experts.
+  fmt: str = 'e4m3'  # Operands of all three products.
+  gradient_fmt: str = 'e4m3'  # Output gradients; others take e5m2.
+  attn_out_fmt: str = 'e5m6'  # Kept of attention's output, 12 bits.
+  swiglu_fmt: str = 'e4m3'  # Kept of SwiGLU's inputs; its output is recomputed.
+  dispatch_fmt: str = 'e4m3'  # Tokens, and their gradients, sent to experts.
+  scale: str = 'float32'  # float32: amax / max; ceil, floor: powers of two.
+  turned_scale: str = 'ceil'  # Of attention's output and of what is dispatched.
+  activation_tile: str = '1x128'
+  weight_tile: str = '128x128'
+  gradient_tile: str = '1x128'  # Of Dgrad; V3 saw 128x128 diverge.
+  accumulate: str = 'exact'  # hopper14: as a tensor core, 14 bits.
+  promote: int = 128  # Products summed before float32 takes over; 0: all.
+
+  def __post_init__(self):
+    p = 'precision.fp8.'
+    for field in dataclasses.fields(self):
+      name, value = field.name, getattr(self, field.name)
+      if name.endswith('fmt'):
+        _format(p + name, value)
+      elif name.endswith('scale'):
+        _choice(p + name, value, SCALES)
+      elif name.endswith('tile'):
+        _choice(p + name, value, TILES)
+    _choice(p + 'accumulate', self.accumulate, ACCUMULATE)
+    tiles = {self.activation_tile, self.weight_tile, self.gradient_tile}
+    divides = self.promote > 0 and 128 % self.promote == 0
+    _require(
+      divides or tiles == {'tensor'} and self.promote >= 0,
+      p + 'promote',
+      self.promote,
+      'use a divisor of 128, where scales change, or all three tiles tensor',
+    )
+
+
+def _format(field: str, value: str) -> None:
+  match = re.fullmatch(r'e(\d+)m(\d+)(fn)?', value)
+  E, M = (int(match[1]), int(match[2])) if match else (0, 0)
+  _require(
+    2 <= E <= 8 and 1 <= M <= 12 and E + M <= 15,
+    field,
+    value,
+    'use e4m3, e5m2, e5m6, e8m7, or another eXmY of at most 16 bits, with 2 to '
+    '8 exponent and 1 to 12 mantissa bits',
+  )
+
+
+@dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
   """Number formats (V3 section 3.3).  Master weights and sums are FP32."""
 
   compute_dtype: str = 'bfloat16'  # Linears and the residual stream.
   mu_dtype: str = 'bfloat16'  # Adam's first moment.
   nu_dtype: str = 'bfloat16'  # Adam's second moment.
+  fp8: FP8Config = FP8Config()
 
   def __post_init__(self):
     for name in ('compute_dtype', 'mu_dtype', 'nu_dtype'):

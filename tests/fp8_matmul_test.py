@@ -2,12 +2,19 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import parameterized
 
-from deepseek_jax.ops import formats, fp8_linear, fp8_matmul, quantize
+from deepseek_jax.ops import (
+  formats,
+  fp8_linear,
+  fp8_matmul,
+  fp8_recipe,
+  quantize,
+)
 from tests import tolerances
 
 _TILES = {
@@ -109,13 +116,14 @@ class DotTest(parameterized.TestCase):
       fp8_matmul.dot(turned, b)
 
 
+_POWERS = fp8_recipe.Kept(scale='ceil')
 _RECIPES = {
-  'v3': fp8_linear.Recipe(),
-  'wo': fp8_linear.Recipe(saved_fmt=formats.E5M6, saved_scale='ceil'),
-  'powers': fp8_linear.Recipe(scale='ceil', saved_scale='ceil'),
-  'e5m2': fp8_linear.Recipe(gradient_fmt=formats.E5M2),
-  'blocks': fp8_linear.Recipe(gradient_tile=quantize.SQUARE_TILE),
-  'tensor': fp8_linear.Recipe(
+  'v3': fp8_recipe.Recipe(),
+  'wo': fp8_recipe.Recipe(saved=fp8_recipe.Kept(formats.E5M6, 'ceil')),
+  'powers': fp8_recipe.Recipe(scale='ceil', saved=_POWERS),
+  'e5m2': fp8_recipe.Recipe(gradient_fmt=formats.E5M2),
+  'blocks': fp8_recipe.Recipe(gradient_tile=quantize.SQUARE_TILE),
+  'tensor': fp8_recipe.Recipe(
     activation_tile=quantize.WHOLE,
     gradient_tile=quantize.WHOLE,
     weight_tile=quantize.WHOLE,
@@ -123,9 +131,14 @@ _RECIPES = {
 }
 
 
+def _linear(x, w, recipe):
+  inputs = fp8_linear.quantize_input(x, recipe)
+  return fp8_linear.fp8_linear(inputs, w, recipe)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _products(recipe, x, w, dy):
-  y, vjp = jax.vjp(lambda x, w: fp8_linear.fp8_linear(x, w, recipe), x, w)
+  y, vjp = jax.vjp(lambda x, w: _linear(x, w, recipe), x, w)
   return y, *vjp(dy)
 
 
@@ -146,7 +159,7 @@ class LinearTest(parameterized.TestCase):
     x_q = rounded(x, r.activation_tile, r.fmt, r.scale)
     dy_q = rounded(dy, r.gradient_tile, r.gradient_fmt, r.scale)
     tokens = quantize.WHOLE if name == 'tensor' else quantize.COLUMN_TILE
-    kept = rounded(x, quantize.ROW_TILE, r.saved_fmt, r.saved_scale)
+    kept = rounded(x, quantize.ROW_TILE, r.saved.fmt, r.saved.scale)
     x_w = rounded(kept, tokens, r.fmt, r.scale)
     dy_w = rounded(dy, tokens, r.gradient_fmt, r.scale)
     exact = [np.asarray(v, np.float64) for v in (x_q, w_q, dy_q, x_w, dy_w)]
@@ -165,22 +178,31 @@ class LinearTest(parameterized.TestCase):
     ):
       self.assertLess(float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)), 0.05)
 
-  def test_only_codes_are_kept(self):
-    """For backward: no array of the activation's size but its codes."""
+  @parameterized.parameters(('v3', 1.0), ('wo', 1.5))
+  def test_only_codes_are_kept(self, name, bytes_each):
+    """Between forward and backward: codes, scales, and the weight itself."""
     x, w = jnp.asarray(_draw(256, 384)), jnp.asarray(_draw(384, 128))
-    for name, dtype in (('v3', jnp.float8_e4m3fn), ('wo', jnp.uint16)):
-      fwd = jax.jit(fp8_linear._fwd, static_argnums=2)
-      _, residuals = fwd(x, w, _RECIPES[name])
-      kept = [r for r in jax.tree.leaves(residuals) if r.shape == x.shape]
-      self.assertEqual([r.dtype for r in kept], [dtype])
-    self.assertEqual(
-      fp8_linear.saved_bytes((256, 384), _RECIPES['v3']),
-      256 * 384 + 256 * 3 * 4,
-    )
-    self.assertEqual(
-      fp8_linear.saved_bytes((256, 384), _RECIPES['wo']),
-      256 * 384 * 1.5 + 256 * 3 * 4,
-    )
+    recipe = _RECIPES[name]
+    _, vjp = jax.vjp(lambda x: _linear(x, w, recipe), x)
+    kept = [r for r in jax.tree.leaves(vjp) if r.shape != w.shape]
+    expected = 256 * 384 * bytes_each + 256 * 3 * 4
+    self.assertEqual(sum(r.nbytes for r in kept if r.size > 1), expected)
+
+  def test_an_input_quantised_once_serves_several_matrices(self):
+    recipe = _RECIPES['v3']
+    x, w1, w2 = (jnp.asarray(_draw(*s)) for s in ((64, 96), (96, 8), (96, 24)))
+
+    def shared(x, w1, w2):
+      inputs = fp8_linear.quantize_input(x, recipe)
+      return [fp8_linear.fp8_linear(inputs, w, recipe) for w in (w1, w2)]
+
+    def separate(x, w1, w2):
+      return [_linear(x, w, recipe) for w in (w1, w2)]
+
+    dy = [jnp.asarray(_draw(64, 8)), jnp.asarray(_draw(64, 24))]
+    results = [jax.vjp(f, x, w1, w2) for f in (shared, separate)]
+    chex.assert_trees_all_equal(*(y for y, _ in results))
+    chex.assert_trees_all_equal(*(vjp(dy) for _, vjp in results))
 
   def test_bfloat16_activations(self):
     x = jnp.asarray(_draw(8, 128), jnp.bfloat16)

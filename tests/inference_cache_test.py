@@ -196,7 +196,9 @@ class WriteTest(parameterized.TestCase):
 @pytest.mark.parametrize('name', _VARIANTS)
 def test_a_cache_in_bfloat16_keeps_its_dtype(name):
   model, variables, _, _ = _case(name)
-  model = model.clone(dtype=jnp.bfloat16)
+  model = model.clone(
+    precision=config_lib.PrecisionConfig(compute_dtype='bfloat16')
+  )
   empty = cache_lib.init(model.config, 1, 16)
   shapes = jax.eval_shape(
     lambda: prefill.prefill(model, variables, empty, [[1, 2]])

@@ -138,6 +138,19 @@ class QuantizeTest(parameterized.TestCase):
     self.assertEqual((again.tile, again.fmt), (q.tile, q.fmt))
     self.assertEqual(q.nbytes, 4 * 200 + 4 * 2 * 4)
 
+  @parameterized.parameters(('e5m6', 5 * 96 * 1.5), ('e4m3', 5 * 96))
+  def test_twelve_bits_take_a_byte_and_a_half(self, fmt, nbytes):
+    x = jnp.asarray(_draw(5, 96)).at[0, :3].set(jnp.array([-1e9, jnp.nan, 0]))
+    q = quantize.quantize(x, quantize.ROW_TILE, formats.parse(fmt))
+    packed = quantize.pack(q)
+    self.assertEqual(jax.tree.leaves(packed)[0].nbytes, nbytes)
+    again = jax.jit(quantize.unpack)(packed)
+    self.assertEqual((again.tile, again.fmt), (q.tile, q.fmt))
+    self.assertEqual(again.codes.tobytes(), q.codes.tobytes())
+    np.testing.assert_array_equal(again.scales, q.scales)
+    odd = quantize.quantize(x[:, 1:], quantize.ROW_TILE, formats.parse(fmt))
+    self.assertIs(quantize.pack(odd), odd)
+
   def test_refused(self):
     with self.assertRaisesRegex(ValueError, "scale='round': choose"):
       quantize.scale_of(jnp.ones(1), formats.E4M3, 'round')

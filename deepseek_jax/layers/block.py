@@ -5,7 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import ModelConfig, PrecisionConfig
 from deepseek_jax.layers import params
 from deepseek_jax.layers.gqa import GQA
 from deepseek_jax.layers.mla import MLA
@@ -23,6 +23,7 @@ class Block(nn.Module):
 
   config: ModelConfig
   is_moe: bool
+  precision: PrecisionConfig = PrecisionConfig()
 
   @nn.compact
   def __call__(
@@ -48,8 +49,8 @@ class Block(nn.Module):
       The residual stream, the routing statistics of an MoE layer, and, if there
       was one, the cache with the new tokens in it.
     """
-    c = self.config
-    attn = (MLA if c.attention == 'mla' else GQA)(c, name='attn')
+    c, precision = self.config, self.precision
+    attn = (MLA if c.attention == 'mla' else GQA)(c, precision, name='attn')
     scale = params.norm_scale(self, 'attn_norm', c.dim)
     hidden_BTD = norms.rms_norm(x_BTD, scale, c.norm_eps)
     decodes = cache is not None
@@ -61,11 +62,10 @@ class Block(nn.Module):
     scale = params.norm_scale(self, 'ffn_norm', c.dim)
     hidden_BTD = norms.rms_norm(x_BTD, scale, c.norm_eps)
     if self.is_moe:
-      out_BTD, stats = MoE(c, name='ffn')(hidden_BTD, mask_BT, decodes)
+      ffn = MoE(c, precision, name='ffn')
+      out_BTD, stats = ffn(hidden_BTD, mask_BT, decodes)
     else:
-      out_BTD, stats = (
-        MLP(c.inter_dim, c.init_std, name='ffn')(hidden_BTD),
-        None,
-      )
+      ffn = MLP(c.inter_dim, c.init_std, precision, name='ffn')
+      out_BTD, stats = ffn(hidden_BTD), None
     x_BTD += out_BTD
     return (x_BTD, stats, cache) if decodes else (x_BTD, stats)

@@ -4,8 +4,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import ModelConfig, PrecisionConfig
 from deepseek_jax.layers import params
+from deepseek_jax.layers.linear import attention_kept, linear, share
 from deepseek_jax.ops import attention, cached_attention, rope
 
 # Keys and values of earlier tokens, each [B, S, n_kv_heads, H].
@@ -21,6 +22,7 @@ class GQA(nn.Module):
   """
 
   config: ModelConfig
+  precision: PrecisionConfig = PrecisionConfig()
 
   @nn.compact
   def __call__(
@@ -34,18 +36,21 @@ class GQA(nn.Module):
     """[B, T, D] to [B, T, D]; with a cache of keys and values as for `MLA`."""
     c = self.config
     H = c.gqa.head_dim
+    x, kept = share(x_BTD, self.precision), None
 
     def project(name, heads):
       init = params.normal(c.init_std, 'dim', 'heads', None)
       w = self.param(name, init, (c.dim, heads, H), jnp.float32)
-      return jnp.einsum('BTD,DNH->BTNH', x_BTD, w.astype(x_BTD.dtype))
+      return linear(x, w, name, self.precision)
 
     q = rope.rotate(project('wq', c.n_heads), positions_BT, c.rope)
     k = rope.rotate(project('wk', c.n_kv_heads), positions_BT, c.rope)
     v = project('wv', c.n_kv_heads)
     scale = rope.softmax_scale(c.rope, H)
     if cache is None:
-      out = attention.attend(q, *self._repeat(k, v), scale, segments_BT)
+      keep = attention_kept(self.precision)
+      out = attention.attend(q, *self._repeat(k, v), scale, segments_BT, keep)
+      out, kept = out if keep else (out, None)
     elif prefill:
       out, cache = self._attend_chunk(q, (k, v), cache, positions_BT, scale)
     else:
@@ -56,7 +61,7 @@ class GQA(nn.Module):
       out = cached_attention.attend_rows(q, *cache, positions_BT, scale)
     init = params.normal(c.init_std, 'heads', None, 'dim')
     wo = self.param('wo', init, (c.n_heads, H, c.dim), jnp.float32)
-    out_BTD = jnp.einsum('BTNH,NHD->BTD', out, wo.astype(x_BTD.dtype))
+    out_BTD = linear(out, wo, 'wo', self.precision, axes=2, saved=kept)
     return out_BTD if cache is None else (out_BTD, cache)
 
   def _repeat(self, *heads):

@@ -3,10 +3,10 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import ModelConfig, PrecisionConfig
 from deepseek_jax.layers import params
+from deepseek_jax.layers.linear import attention_kept, linear, share
 from deepseek_jax.ops import attention, cached_attention, norms, rope
 
 
@@ -19,6 +19,7 @@ class MLA(nn.Module):
   """
 
   config: ModelConfig
+  precision: PrecisionConfig = PrecisionConfig()
 
   @nn.compact
   def __call__(
@@ -41,19 +42,22 @@ class MLA(nn.Module):
         the expanded form; otherwise the absorbed form, tokens anywhere.
     """
     c, mla = self.config, self.config.mla
-    q_nope, q_pe = self._queries(x_BTD, positions_BT)
-    c_kv, k_pe = self._latents(x_BTD, positions_BT)
+    x, kept = share(x_BTD, self.precision), None
+    q_nope, q_pe = self._queries(x, positions_BT)
+    c_kv, k_pe = self._latents(x, positions_BT)
     wkv_b = self._weight(
       'wkv_b',
       (mla.kv_lora_rank, c.n_heads, mla.qk_nope_head_dim + mla.v_head_dim),
       (None, 'heads', None),
-    ).astype(c_kv.dtype)
+    )
     scale = rope.softmax_scale(
       c.rope, mla.qk_nope_head_dim + mla.qk_rope_head_dim
     )
     if cache_BSX is None:
       q, (k, v) = _join(q_nope, q_pe), self._expand(c_kv, k_pe, wkv_b)
-      out_BTNU = attention.attend(q, k, v, scale, segments_BT)
+      keep = attention_kept(self.precision)
+      out_BTNU = attention.attend(q, k, v, scale, segments_BT, keep)
+      out_BTNU, kept = out_BTNU if keep else (out_BTNU, None)
     else:
       new_BTX = _join(c_kv, k_pe)
       attend = self._attend_chunk if prefill else self._attend_rows
@@ -63,36 +67,36 @@ class MLA(nn.Module):
     wo = self._weight(
       'wo', (c.n_heads, mla.v_head_dim, c.dim), ('heads', None, 'dim')
     )
-    out_BTD = jnp.einsum('BTNU,NUD->BTD', out_BTNU, wo.astype(x_BTD.dtype))
+    out_BTD = linear(out_BTNU, wo, 'wo', self.precision, axes=2, saved=kept)
     return out_BTD if cache_BSX is None else (out_BTD, cache_BSX)
 
   def _weight(self, name, shape, axes):
     init = params.normal(self.config.init_std, *axes)
     return self.param(name, init, shape, jnp.float32)
 
-  def _queries(self, x_BTD, positions_BT):
+  def _queries(self, x, positions_BT):
     """`q_nope` [B, T, N, H] and rotated `q_pe` [B, T, N, P]."""
     c, mla = self.config, self.config.mla
     head_dim = mla.qk_nope_head_dim + mla.qk_rope_head_dim
     if mla.q_lora_rank:
       wq_a = self._weight('wq_a', (c.dim, mla.q_lora_rank), ('dim', None))
-      latent = checkpoint_name(x_BTD @ wq_a.astype(x_BTD.dtype), 'q_latent')
+      latent = linear(x, wq_a, 'wq_a', self.precision)
       scale = params.norm_scale(self, 'q_norm', mla.q_lora_rank)
       latent = norms.rms_norm(latent, scale, c.norm_eps)
       name, width, axis = 'wq_b', mla.q_lora_rank, None
     else:
-      latent, name, width, axis = x_BTD, 'wq', c.dim, 'dim'
+      latent, name, width, axis = x, 'wq', c.dim, 'dim'
     w = self._weight(name, (width, c.n_heads, head_dim), (axis, 'heads', None))
-    q_BTNH = jnp.einsum('BTQ,QNH->BTNH', latent, w.astype(latent.dtype))
+    q_BTNH = linear(latent, w, name, self.precision)
     q_nope, q_pe = jnp.split(q_BTNH, [mla.qk_nope_head_dim], -1)
     return q_nope, rope.rotate(q_pe, positions_BT, c.rope)
 
-  def _latents(self, x_BTD, positions_BT):
+  def _latents(self, x, positions_BT):
     """Normalised `c_kv` [B, T, C] and rotated shared `k_pe` [B, T, P]."""
     c, mla = self.config, self.config.mla
     width = mla.kv_lora_rank + mla.qk_rope_head_dim
     wkv_a = self._weight('wkv_a', (c.dim, width), ('dim', None))
-    latent = checkpoint_name(x_BTD @ wkv_a.astype(x_BTD.dtype), 'kv_latent')
+    latent = linear(x, wkv_a, 'wkv_a', self.precision)
     c_kv, k_pe = jnp.split(latent, [mla.kv_lora_rank], -1)
     scale = params.norm_scale(self, 'kv_norm', mla.kv_lora_rank)
     c_kv = norms.rms_norm(c_kv, scale, c.norm_eps)
@@ -100,7 +104,7 @@ class MLA(nn.Module):
 
   def _expand(self, c_kv, k_pe, wkv_b):
     """Keys [B, T, N, H + P] and values [B, T, N, U] of latents."""
-    kv = jnp.einsum('BTC,CNH->BTNH', c_kv, wkv_b)
+    kv = linear(c_kv, wkv_b, 'wkv_b', self.precision)
     k_nope, v_BTNU = jnp.split(kv, [self.config.mla.qk_nope_head_dim], -1)
     k_pe = jnp.broadcast_to(
       k_pe[:, :, None], (*k_nope.shape[:3], k_pe.shape[-1])
@@ -131,7 +135,7 @@ class MLA(nn.Module):
     multi-query attention.
     """
     mla = self.config.mla
-    w_uk, w_uv = self._absorbed(wkv_b)
+    w_uk, w_uv = self._absorbed(wkv_b.astype(new_BTX.dtype))
     cache_BSX = cached_attention.write_rows(cache_BSX, new_BTX, positions_BT)
     q_latent = jnp.einsum('BTNH,NHC->BTNC', q_nope, w_uk)
     shared = cache_BSX[:, :, None]

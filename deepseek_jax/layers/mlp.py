@@ -3,9 +3,10 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
+from deepseek_jax.config import PrecisionConfig
 from deepseek_jax.layers import params
+from deepseek_jax.layers.linear import linear, share, swiglu
 
 
 class MLP(nn.Module):
@@ -13,6 +14,7 @@ class MLP(nn.Module):
 
   inter_dim: int
   init_std: float
+  precision: PrecisionConfig = PrecisionConfig()
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -20,9 +22,11 @@ class MLP(nn.Module):
     D, F = x_BTD.shape[-1], self.inter_dim
     up = params.normal(self.init_std, 'dim', 'mlp')
     down = params.normal(self.init_std, 'mlp', 'dim')
-    w1 = self.param('w1', up, (D, F), jnp.float32).astype(x_BTD.dtype)
-    w2 = self.param('w2', down, (F, D), jnp.float32).astype(x_BTD.dtype)
-    w3 = self.param('w3', up, (D, F), jnp.float32).astype(x_BTD.dtype)
-    gate = checkpoint_name(x_BTD @ w1, 'ffn_up')
-    up = checkpoint_name(x_BTD @ w3, 'ffn_up')
-    return (jax.nn.silu(gate) * up) @ w2
+    w1 = self.param('w1', up, (D, F), jnp.float32)
+    w2 = self.param('w2', down, (F, D), jnp.float32)
+    w3 = self.param('w3', up, (D, F), jnp.float32)
+    x = share(x_BTD, self.precision)
+    gate = linear(x, w1, 'w1', self.precision)
+    up = linear(x, w3, 'w3', self.precision)
+    hidden, saved = swiglu(gate, up, self.precision)
+    return linear(hidden, w2, 'w2', self.precision, saved=saved)

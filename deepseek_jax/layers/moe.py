@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import ModelConfig, PrecisionConfig
 from deepseek_jax.layers import params
 from deepseek_jax.layers.mlp import MLP
 from deepseek_jax.ops import expert_decode, experts, losses, routing
@@ -37,6 +37,7 @@ class MoE(nn.Module):
   """
 
   config: ModelConfig
+  precision: PrecisionConfig = PrecisionConfig()
 
   @nn.compact
   def __call__(
@@ -69,7 +70,9 @@ class MoE(nn.Module):
     y_BTD = y_TD.reshape(x_BTD.shape)
     if moe.n_shared_experts:
       inter_dim = moe.n_shared_experts * moe.moe_inter_dim
-      shared = MLP(inter_dim, self.config.init_std, name='shared')
+      shared = MLP(
+        inter_dim, self.config.init_std, self.precision, name='shared'
+      )
       y_BTD += shared(x_BTD)
     stats = MoEStats(
       routing.expert_counts(route.expert_ids_TK, moe.n_routed_experts, mask_BT),

@@ -6,25 +6,33 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-_policies = jax.checkpoint_policies
-
-# What the paper's selective policy keeps for the backward pass: inputs of
-# linears and of SwiGLU, attention's output, the routing.  RMSNorms, the MLA
-# up-projections and SwiGLU's output are computed again (V3 section 3.2.3).
-_SELECTIVE = _policies.save_only_these_names(
-  'q_latent',
-  'kv_latent',
+# What the paper's selective policy keeps for the backward pass: the latents,
+# attention's output, the residual stream behind it, the routing and SwiGLU's
+# inputs.  RMSNorms, the MLA up-projections and SwiGLU's output are computed
+# again (V3 section 3.2.3).  In FP8, attention's output and SwiGLU's inputs are
+# kept as codes.
+_SELECTIVE = (
+  'wq_a',
+  'wkv_a',
   'attn_out',
   'attn_lse',
+  'wo',
   'routing',
   'ffn_up',
 )
 
 # Keeps every matmul's result and computes the cheap rest again, which is faster
-# than to store it and to read it back.
-_NO_MATMUL_TWICE = _policies.save_from_both_policies(
-  _policies.dots_with_no_batch_dims_saveable,
-  _policies.save_only_these_names('attn_out', 'attn_lse', 'routing', 'ffn_up'),
+# than to store it and to read it back.  In FP8, also the codes of operands.
+_NO_MATMUL_TWICE = (
+  *_SELECTIVE,
+  'wq',
+  'wq_b',
+  'wkv_b',
+  'wk',
+  'wv',
+  'w2',
+  'eh_proj',
+  'linear_in',
 )
 
 
@@ -45,9 +53,10 @@ def rematerialised(apply, policy: str, index: int = 0, in_scan: bool = False):
   """`apply` under a policy; `index` is a layer's place in its group."""
   if policy == 'alternate':
     policy = 'none' if index else 'full'
-  saveable = {'none': _NO_MATMUL_TWICE, 'selective': _SELECTIVE, 'full': None}
+  names = {'none': _NO_MATMUL_TWICE, 'selective': _SELECTIVE, 'full': ()}
+  saveable = jax.checkpoint_policies.save_only_these_names(*names[policy])
   # Only a loop keeps XLA from merging the two computations back into one.
-  return jax.checkpoint(apply, policy=saveable[policy], prevent_cse=not in_scan)
+  return jax.checkpoint(apply, policy=saveable, prevent_cse=not in_scan)
 
 
 def apply_stacked(

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import ModelConfig, PrecisionConfig
 from deepseek_jax.layers import params, stack
 from deepseek_jax.layers.block import Block
 from deepseek_jax.models.mtp import MTP
@@ -38,17 +38,22 @@ class Transformer(nn.Module):
 
   Attributes:
     config: the architecture.
-    dtype: of activations and of matmul operands.
+    precision: number formats; float32 by default.
     mask_documents: attention stays within a segment.
     remat: recomputation policy; see `stack.apply_stacked`.
     scan_layers: loop over layers in the compiled program.
   """
 
   config: ModelConfig
-  dtype: Any = jnp.float32
+  precision: PrecisionConfig = PrecisionConfig(compute_dtype='float32')
   mask_documents: bool = False
   remat: str = 'none'
   scan_layers: bool = True
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    """Of activations and of matmul operands that are not FP8."""
+    return jnp.dtype(self.precision.compute_dtype)
 
   def setup(self):
     """Declares every parameter."""
@@ -66,12 +71,12 @@ class Transformer(nn.Module):
     }
 
   def _layers(self) -> dict[str, tuple[nn.Module, int]]:
-    c = self.config
+    c, p = self.config, self.precision
     # parent=None: these are applied to slices of the stacked parameters.
     return {
-      'dense_layers': (Block(c, is_moe=False, parent=None), c.n_first_dense),
-      'moe_layers': (Block(c, is_moe=True, parent=None), c.n_moe_layers),
-      'mtp': (MTP(c, parent=None), c.n_mtp_layers),
+      'dense_layers': (Block(c, False, p, parent=None), c.n_first_dense),
+      'moe_layers': (Block(c, True, p, parent=None), c.n_moe_layers),
+      'mtp': (MTP(c, p, parent=None), c.n_mtp_layers),
     }
 
   def _declare(self, name: str, layer: nn.Module, count: int) -> Any:

@@ -5,8 +5,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import ModelConfig, PrecisionConfig
 from deepseek_jax.layers import params
 from deepseek_jax.layers.block import Block
 from deepseek_jax.layers.moe import MoEStats
@@ -25,6 +26,7 @@ class MTP(nn.Module):
   """
 
   config: ModelConfig
+  precision: PrecisionConfig = PrecisionConfig()
 
   @nn.compact
   def __call__(
@@ -66,8 +68,8 @@ class MTP(nn.Module):
     init = params.normal(c.init_std, 'dim', None)
     eh_proj = self.param('eh_proj', init, (2 * c.dim, c.dim), jnp.float32)
     is_moe = c.moe.n_routed_experts > 0
-    block = Block(c, is_moe=is_moe, name='block')
-    x_BTD = both @ eh_proj.astype(both.dtype)
+    block = Block(c, is_moe, self.precision, name='block')
+    x_BTD = checkpoint_name(both @ eh_proj.astype(both.dtype), 'eh_proj')
     x_BTD, *rest = block(
       x_BTD, positions_BT, segments_BT, mask_BT, cache, prefill
     )

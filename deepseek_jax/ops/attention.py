@@ -11,6 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from deepseek_jax.ops import quantize
+from deepseek_jax.ops.fp8_recipe import Kept
+from deepseek_jax.ops.quantize import Packed, Quantized
+
 _NEG_INF = -1e30  # Finite: a row of a padding query must not become NaN.
 _MAX_BLOCKS = 16  # Blocks are unrolled, so that each has a static key extent.
 _MIN_BLOCK = 256
@@ -69,12 +73,13 @@ def _block_scores(q, k, scale, segments, start, end):
   return _mask(scores * scale, start, segments[:, start:end], segments[:, :end])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attend(q, k, v, scale, segments):
-  return _attend_fwd(q, k, v, scale, segments)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 5))
+def _attend(q, k, v, scale, segments, keep):
+  """The output, and what is kept of it: itself, or its codes."""
+  return _attend_fwd(q, k, v, scale, segments, keep)[0]
 
 
-def _attend_fwd(q, k, v, scale, segments):
+def _attend_fwd(q, k, v, scale, segments, keep):
   outs, lses = [], []
   for start, end in _blocks(q.shape[2]):
     scores = _block_scores(q, k, scale, segments, start, end)
@@ -89,13 +94,34 @@ def _attend_fwd(q, k, v, scale, segments):
     )
     outs.append((out / total).astype(v.dtype))
     lses.append(top + jnp.log(total))
-  out = checkpoint_name(jnp.concatenate(outs, 2), 'attn_out')
+  out = jnp.concatenate(outs, 2)
+  kept = out if keep is None else _encode(out, keep)
+  kept = checkpoint_name(kept, 'attn_out')
   lse = checkpoint_name(jnp.concatenate(lses, 2), 'attn_lse')
-  return out, (q, k, v, segments, out, lse)
+  out = kept if keep is None else out
+  return (out, kept), (q, k, v, segments, kept, lse)
 
 
-def _attend_bwd(scale, residuals, dout):
-  q, k, v, segments, out, lse = residuals
+def _encode(out_BNTU, keep):
+  """Codes of [B T, N U], as the linear layer behind attention takes it."""
+  B, N, T, U = out_BNTU.shape
+  rows = out_BNTU.swapaxes(1, 2).reshape(B * T, N * U)
+  return quantize.pack(keep.quantize(rows))
+
+
+def _decode(kept, shape):
+  """What `_encode` kept, rounded: [B, N, T, U]."""
+  if not isinstance(kept, (Quantized, Packed)):
+    return kept
+  B, N, T, U = shape
+  rows = quantize.unpack(kept).dequantize()
+  return rows.reshape(B, T, N, U).swapaxes(1, 2)
+
+
+def _attend_bwd(scale, keep, residuals, cotangents):
+  q, k, v, segments, kept, lse = residuals
+  dout = cotangents[0]
+  out = _decode(kept, dout.shape)
   delta = jnp.sum(
     dout.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True
   )
@@ -129,7 +155,14 @@ def attend(
   v_BTNU: jax.Array,
   scale: float,
   segments_BT: jax.Array | None = None,
-) -> jax.Array:
-  """`attend_reference`, blockwise: the same arguments and result."""
+  keep: Kept | None = None,
+) -> jax.Array | tuple[jax.Array, Quantized | Packed]:
+  """`attend_reference`, blockwise: the same arguments and result.
+
+  With `keep` the backward pass reads the output rounded so, and only its codes
+  are saved (V3 section 3.3.3): they are returned as well, [B T, N U].
+  """
   q, k, v = (x.swapaxes(1, 2) for x in (q_BTNH, k_BTNH, v_BTNU))
-  return _attend(q, k, v, scale, segments_BT).swapaxes(1, 2)
+  out, kept = _attend(q, k, v, scale, segments_BT, keep)
+  out = out.swapaxes(1, 2)
+  return out if keep is None else (out, kept)

@@ -6,122 +6,115 @@ Wgrad in 128 x 1 tiles along the tokens.  Between forward and backward only the
 activation's codes are kept.
 """
 
-import dataclasses
 import functools
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from deepseek_jax.ops import fp8_matmul, quantize
-from deepseek_jax.ops.formats import E4M3, Format
-from deepseek_jax.ops.fp8_matmul import Accumulation
-from deepseek_jax.ops.quantize import Quantized
+from deepseek_jax.ops.fp8_recipe import Recipe
+from deepseek_jax.ops.quantize import Packed, Quantized
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-  """How one linear layer is quantised; the default is V3's.
+class Input(NamedTuple):
+  """An activation, quantised once for all the matrices that it meets.
 
   Attributes:
-    fmt: of the operands of all three products.
-    gradient_fmt: of output gradients, in Dgrad and Wgrad.
-    saved_fmt: of the activation between forward and backward: E5M6 for the
-      input of `wo`.
-    scale: of `fmt` codes; see `quantize.scale_of`.
-    saved_scale: of the saved activation; a power of two where it is to be
-      turned without a second rounding.
-    activation_tile: of Fprop's input.
-    gradient_tile: of Dgrad's; 128 x 128 is what diverges in appendix B.2.
-    weight_tile: of Fprop's and Dgrad's weight.
-    accumulation: of the sums.
+    x_TD: what it was, compute dtype; only its gradient is of use.
+    codes: Fprop's operand.
+    saved: what is kept of it for Wgrad; often `codes`.
   """
 
-  fmt: Format = E4M3
-  gradient_fmt: Format = E4M3
-  saved_fmt: Format = E4M3
-  scale: str = 'float32'
-  saved_scale: str = 'float32'
-  activation_tile: tuple[int, int] = quantize.ROW_TILE
-  gradient_tile: tuple[int, int] = quantize.ROW_TILE
-  weight_tile: tuple[int, int] = quantize.SQUARE_TILE
-  accumulation: Accumulation = Accumulation()
+  x_TD: jax.Array
+  codes: Quantized
+  saved: Quantized | Packed
+
+
+def quantize_input(
+  x_TD: jax.Array, recipe: Recipe, saved: Quantized | Packed | None = None
+) -> Input:
+  """`x_TD` for `fp8_linear`.
+
+  Args:
+    x_TD: activations.
+    recipe: of the layers that take it.
+    saved: instead of what the recipe keeps, if there is something already.
+  """
+  constant = jax.lax.stop_gradient(x_TD)
+  how = (recipe.activation_tile, recipe.fmt, recipe.scale)
+  codes = quantize.quantize(constant, *how)
+  kept = recipe.saved
+  if saved is None and how == (quantize.ROW_TILE, kept.fmt, kept.scale):
+    saved = codes
+  elif saved is None:
+    saved = quantize.pack(kept.quantize(constant))
+  return Input(x_TD, codes, saved)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def fp8_linear(x_TD: jax.Array, w_DF: jax.Array, recipe: Recipe) -> jax.Array:
+def fp8_linear(
+  inputs: Input, w_DF: jax.Array | Quantized, recipe: Recipe
+) -> jax.Array:
   """`x @ w` in FP8: [T, F] in the dtype of `x_TD`.
 
   The gradient of `w_DF` is float32, rounded to its dtype.
 
   Args:
-    x_TD: activations, compute dtype.
-    w_DF: weights; float32 master weights are rounded once, to FP8.
+    inputs: of `quantize_input`.
+    w_DF: weights; float32 master weights are rounded once, to FP8.  Quantised
+      ones, of a converted checkpoint, are taken as they are, and constant.
     recipe: formats, tiles and sums.
   """
-  return _fwd(x_TD, w_DF, recipe)[0]
+  return _fwd(inputs, w_DF, recipe)[0]
 
 
-def _fwd(x_TD, w_DF, recipe):
-  x, saved = quantize_input(x_TD, recipe)
-  w = quantize.quantize(w_DF, recipe.weight_tile, recipe.fmt, recipe.scale)
-  y = fp8_matmul.dot(x, w, recipe.accumulation).astype(x_TD.dtype)
-  return y, (saved, w_DF, jnp.zeros((), x_TD.dtype))
+def _fwd(inputs, w_DF, recipe):
+  w = quantize_weight(w_DF, recipe)
+  y = fp8_matmul.dot(inputs.codes, w, recipe.accumulation)
+  dtype = inputs.x_TD.dtype
+  return y.astype(dtype), (inputs.saved, w_DF, jnp.zeros((), dtype))
 
 
 def _bwd(recipe, residuals, dy_TF):
   saved, w_DF, like_x = residuals
   dx_TD = input_gradient(dy_TF, w_DF, recipe).astype(like_x.dtype)
-  return dx_TD, weight_gradient(saved, dy_TF, recipe).astype(w_DF.dtype)
+  if isinstance(w_DF, Quantized):
+    return Input(dx_TD, None, None), None
+  dw_DF = weight_gradient(saved, dy_TF, recipe).astype(w_DF.dtype)
+  return Input(dx_TD, None, None), dw_DF
 
 
 fp8_linear.defvjp(_fwd, _bwd)
 
 
-def quantize_input(
-  x_TD: jax.Array, recipe: Recipe
-) -> tuple[Quantized, Quantized]:
-  """The activation for Fprop, and as it is kept for Wgrad: often the same."""
-  saved = quantize.quantize(
-    x_TD, quantize.ROW_TILE, recipe.saved_fmt, recipe.saved_scale
-  )
-  how = (recipe.activation_tile, recipe.fmt, recipe.scale)
-  if how == (quantize.ROW_TILE, recipe.saved_fmt, recipe.saved_scale):
-    return saved, saved
-  return quantize.quantize(x_TD, *how), saved
+def quantize_weight(w_DF: jax.Array | Quantized, recipe: Recipe) -> Quantized:
+  """The operand of Fprop, and transposed of Dgrad."""
+  if isinstance(w_DF, Quantized):
+    return w_DF
+  return quantize.quantize(w_DF, recipe.weight_tile, recipe.fmt, recipe.scale)
 
 
 def input_gradient(
-  dy_TF: jax.Array, w_DF: jax.Array, recipe: Recipe
+  dy_TF: jax.Array, w_DF: jax.Array | Quantized, recipe: Recipe
 ) -> jax.Array:
   """Dgrad, `dy @ w^T`: float32 [T, D]."""
   dy = quantize.quantize(
     dy_TF, recipe.gradient_tile, recipe.gradient_fmt, recipe.scale
   )
-  w = quantize.quantize(w_DF, recipe.weight_tile, recipe.fmt, recipe.scale)
+  w = quantize_weight(w_DF, recipe)
   return fp8_matmul.dot(dy, w.mT, recipe.accumulation)
 
 
 def weight_gradient(
-  saved: Quantized, dy_TF: jax.Array, recipe: Recipe
+  saved: Quantized | Packed, dy_TF: jax.Array, recipe: Recipe
 ) -> jax.Array:
   """Wgrad, `x^T @ dy`, both in tiles along the tokens: float32 [D, F]."""
-  tile = _along_tokens(recipe)
-  x = quantize.requantize(saved, tile, recipe.fmt, recipe.scale)
-  dy = quantize.quantize(dy_TF, tile, recipe.gradient_fmt, recipe.scale)
-  return fp8_matmul.dot(x.mT, dy, recipe.accumulation)
-
-
-def _along_tokens(recipe: Recipe) -> tuple[int, int]:
   # Scales of whole tensors stay so in the weight gradient.
   is_whole = recipe.gradient_tile == quantize.WHOLE
-  return quantize.WHOLE if is_whole else quantize.COLUMN_TILE
-
-
-def saved_bytes(shape: tuple[int, int], recipe: Recipe) -> Any:
-  """Bytes that `fp8_linear` keeps of an activation of `shape` for backward."""
-  abstract = jax.eval_shape(
-    lambda x: quantize_input(x, recipe)[1],
-    jax.ShapeDtypeStruct(shape, jnp.float32),
+  tile = quantize.WHOLE if is_whole else quantize.COLUMN_TILE
+  x = quantize.requantize(
+    quantize.unpack(saved), tile, recipe.fmt, recipe.scale
   )
-  return abstract.nbytes
+  dy = quantize.quantize(dy_TF, tile, recipe.gradient_fmt, recipe.scale)
+  return fp8_matmul.dot(x.mT, dy, recipe.accumulation)

@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deepseek_jax.config import ACCUMULATE
 from deepseek_jax.ops import formats
 from deepseek_jax.ops.quantize import BLOCK, Quantized
-
-ACCUMULATE = ('exact', 'hopper14')
 
 # A tensor core adds so many products at once, aligned to the largest of them.
 _INSTRUCTION_K = 32

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.config import SCALES
 from deepseek_jax.ops import formats
 
 BLOCK = 128
@@ -25,8 +26,6 @@ WHOLE = (0, 0)
 
 # amax of a tile of zeros, as in DeepSeek's `act_quant`.
 _MIN_AMAX = 1e-4
-
-SCALES = ('float32', 'ceil', 'floor')
 
 
 @functools.partial(
@@ -69,6 +68,47 @@ class Quantized:
     """`codes * scales` in float32, rounded once to `dtype`."""
     values = formats.decode(self.codes, self.fmt)
     return (values * expand(self.scales, self.tile, self.shape)).astype(dtype)
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=('pairs', 'scales'),
+  meta_fields=('tile', 'fmt'),
+)
+@dataclasses.dataclass(frozen=True)
+class Packed:
+  """A `Quantized` array of 12-bit codes, two in three bytes.
+
+  Attributes:
+    pairs: uint8 [..., I, J / 2, 3].
+    scales: as of `Quantized`.
+    tile: likewise.
+    fmt: likewise.
+  """
+
+  pairs: jax.Array
+  scales: jax.Array
+  tile: tuple[int, int]
+  fmt: formats.Format
+
+
+def pack(q: Quantized) -> Quantized | Packed:
+  """`q` in fewer bytes, if its codes have 12 bits and are even in number."""
+  if q.fmt.bits != 12 or q.shape[-1] % 2:
+    return q
+  a, b = q.codes[..., ::2], q.codes[..., 1::2]
+  pairs = jnp.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], -1)
+  return Packed(pairs.astype(jnp.uint8), q.scales, q.tile, q.fmt)
+
+
+def unpack(p: Quantized | Packed) -> Quantized:
+  """The inverse of `pack`."""
+  if isinstance(p, Quantized):
+    return p
+  x, y, z = (p.pairs[..., i].astype(jnp.uint16) for i in range(3))
+  codes = jnp.stack([x << 4 | y >> 4, (y & 15) << 8 | z], -1)
+  codes = codes.reshape(*p.pairs.shape[:-2], -1)
+  return Quantized(codes, p.scales, p.tile, p.fmt)
 
 
 def _extents(tile, shape):

@@ -37,7 +37,7 @@ def build_model(config: Config) -> deepseek.Transformer:
   """The Transformer that a run trains."""
   return deepseek.Transformer(
     config.model,
-    dtype=jnp.dtype(config.precision.compute_dtype),
+    precision=config.precision,
     mask_documents=config.data.mask_documents,
     remat=config.train.remat,
     scan_layers=config.train.scan_layers,

@@ -1,0 +1,86 @@
+"""The one place where a linear layer multiplies, in plain numbers or in FP8.
+
+V3's map (section 3.3.1): FP8 are the projections of attention and all three
+matrices of dense FFN, shared and routed experts.  Embedding, head, gate, norms,
+the attention core and MTP's `eh_proj` are not; they do not come here.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from deepseek_jax.config import PrecisionConfig
+from deepseek_jax.ops import fp8_linear, fp8_recipe
+from deepseek_jax.ops import swiglu as swiglu_lib
+from deepseek_jax.ops.fp8_linear import Input
+
+
+def share(x: jax.Array, precision: PrecisionConfig) -> Any:
+  """`x` [..., D] for several `linear`s: with FP8 it is quantised once."""
+  if not precision.fp8.enabled:
+    return x
+  return _quantize(x, fp8_recipe.of(precision.fp8))
+
+
+def _quantize(x, recipe, saved=None):
+  x_TD = x.reshape(-1, x.shape[-1])
+  _, codes, kept = fp8_linear.quantize_input(x_TD, recipe, saved)
+  if saved is None:
+    codes, kept = checkpoint_name((codes, kept), 'linear_in')
+  return Input(x, codes, kept)
+
+
+def linear(
+  x: Any,
+  w: jax.Array,
+  role: str,
+  precision: PrecisionConfig,
+  axes: int = 1,
+  saved: Any = None,
+) -> jax.Array:
+  """`tensordot(x, w, axes)`: [..., *in] and [*in, *out] give [..., *out].
+
+  The result has the dtype of `x`, and is named `role` for `stack`'s policies.
+
+  Args:
+    x: activations in compute dtype, or what `share` made of them.
+    w: float32 master weights.  FP8 blocks lie on the [in, out] matrix, as in
+      released checkpoints: they may span heads.
+    role: name of the weight; see `fp8_recipe.of`.
+    precision: of the model.
+    axes: how many axes `in` are.
+    saved: what is kept of `x` for the backward pass already, if anything.
+  """
+  if not precision.fp8.enabled:
+    y = jnp.tensordot(x, w.astype(x.dtype), axes)
+    return checkpoint_name(y, role)
+  recipe = fp8_recipe.of(precision.fp8, role)
+  D, out = math.prod(w.shape[:axes]), w.shape[axes:]
+  if not isinstance(x, Input):
+    x = _quantize(x.reshape(*x.shape[: x.ndim - axes], D), recipe, saved)
+  flat = x._replace(x_TD=x.x_TD.reshape(-1, D))
+  y_TF = fp8_linear.fp8_linear(flat, w.reshape(D, -1), recipe)
+  return checkpoint_name(y_TF.reshape(*x.x_TD.shape[:-1], *out), role)
+
+
+def swiglu(
+  gate: jax.Array, up: jax.Array, precision: PrecisionConfig
+) -> tuple[jax.Array, Any]:
+  """`silu(gate) * up`, and what is kept of it already, for `linear`."""
+  if not precision.fp8.enabled:
+    gate, up = checkpoint_name((gate, up), 'ffn_up')
+    return swiglu_lib.swiglu(gate, up), None
+  recipe, shape = fp8_recipe.of(precision.fp8, 'w2'), gate.shape
+  gate, up = (x.reshape(-1, shape[-1]) for x in (gate, up))
+  hidden, saved = swiglu_lib.fp8_swiglu(gate, up, recipe)
+  return hidden.reshape(shape), saved
+
+
+def attention_kept(precision: PrecisionConfig) -> fp8_recipe.Kept | None:
+  """How attention's output is kept; None: as it is."""
+  if not precision.fp8.enabled:
+    return None
+  return fp8_recipe.of(precision.fp8, 'wo').saved

@@ -1,0 +1,89 @@
+"""What is quantised, and how: V3's recipe as data (V3 sections 3.3.1 to 3.3.3).
+
+A `Recipe` says how one linear layer is quantised; `of` gives that of a layer
+of the model under a config, by the name of its weight.
+"""
+
+import dataclasses
+
+import jax
+
+from deepseek_jax.config import FP8Config
+from deepseek_jax.ops import formats, quantize
+from deepseek_jax.ops.formats import E4M3, Format
+from deepseek_jax.ops.fp8_matmul import Accumulation
+
+_TILES = {
+  '1x128': quantize.ROW_TILE,
+  '128x128': quantize.SQUARE_TILE,
+  'tensor': quantize.WHOLE,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+  """How an array is kept, or sent, in 1 x 128 tiles.
+
+  Attributes:
+    fmt: of its codes.
+    scale: see `quantize.scale_of`; a power of two where it is to be turned to
+      128 x 1 without a second rounding.
+  """
+
+  fmt: Format = E4M3
+  scale: str = 'float32'
+
+  def quantize(self, x: jax.Array) -> quantize.Quantized:
+    """`x` [..., I, J] in this form."""
+    return quantize.quantize(x, quantize.ROW_TILE, self.fmt, self.scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """How one linear layer is quantised; the default is V3's.
+
+  Attributes:
+    fmt: of the operands of all three products.
+    gradient_fmt: of output gradients, in Dgrad and Wgrad.
+    scale: of these codes; see `quantize.scale_of`.
+    saved: the activation between forward and backward; E5M6 for the input of
+      `wo`, which attention's backward pass reads as well.
+    swiglu: SwiGLU's inputs; its output is computed again from them.
+    dispatch: tokens and their gradients, as they are sent to the experts.
+    activation_tile: of Fprop's input.
+    gradient_tile: of Dgrad's; 128 x 128 is what diverges in appendix B.2.
+    weight_tile: of Fprop's and Dgrad's weight.
+    accumulation: of the sums.
+  """
+
+  fmt: Format = E4M3
+  gradient_fmt: Format = E4M3
+  scale: str = 'float32'
+  saved: Kept = Kept()
+  swiglu: Kept = Kept()
+  dispatch: Kept = Kept(scale='ceil')
+  activation_tile: tuple[int, int] = quantize.ROW_TILE
+  gradient_tile: tuple[int, int] = quantize.ROW_TILE
+  weight_tile: tuple[int, int] = quantize.SQUARE_TILE
+  accumulation: Accumulation = Accumulation()
+
+
+def of(config: FP8Config, role: str = '') -> Recipe:
+  """The recipe of the linear layer whose weight is named `role`."""
+  fmt = formats.parse(config.fmt)
+  turned = config.turned_scale
+  saved = Kept(fmt, config.scale)
+  if role == 'wo':
+    saved = Kept(formats.parse(config.attn_out_fmt), turned)
+  return Recipe(
+    fmt=fmt,
+    gradient_fmt=formats.parse(config.gradient_fmt),
+    scale=config.scale,
+    saved=saved,
+    swiglu=Kept(formats.parse(config.swiglu_fmt), config.scale),
+    dispatch=Kept(formats.parse(config.dispatch_fmt), turned),
+    activation_tile=_TILES[config.activation_tile],
+    gradient_tile=_TILES[config.gradient_tile],
+    weight_tile=_TILES[config.weight_tile],
+    accumulation=Accumulation(config.accumulate, config.promote),
+  )
