@@ -6,26 +6,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import parameterized
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.config import MoEConfig
+from deepseek_jax.config import MoEConfig, ParallelConfig
 from deepseek_jax.ops import experts, quantize, routing
-from deepseek_jax.parallel import expert
+from deepseek_jax.parallel import expert, rules
+from deepseek_jax.parallel import mesh as mesh_lib
 from deepseek_jax.parallel.expert import Exchange
 from tests import tolerances
 
 _T, _D, _F, _E, _K = 48, 8, 5, 16, 4
-_NAMES = ('data', 'fsdp', 'node', 'expert', 'stage')
 _NODES = 4  # Groups of experts, of which a token's lie in two.
 
 
 def make_mesh(**sizes):
-  """A mesh of all axes; those not named have one device."""
-  shape = [sizes.get(name, 1) for name in _NAMES]
-  devices = jax.devices()[: int(np.prod(shape))]
-  types = (AxisType.Auto,) * len(shape)
-  return jax.make_mesh(shape, _NAMES, axis_types=types, devices=devices)
+  """A mesh of all axes, on as many devices as they need."""
+  config = ParallelConfig(**sizes)
+  return mesh_lib.build(config, jax.devices()[: config.n_devices])
 
 
 @functools.cache
@@ -133,7 +130,7 @@ class RoutedFfnTest(parameterized.TestCase):
     def count(ids):
       return expert.route(ids, _E, exchange)[-1].rounds[None]
 
-    batch = P(expert.EXPERT_AXES)
+    batch = P(rules.EXPERTS)
     with jax.set_mesh(mesh):
       counted = jax.shard_map(count, in_specs=batch, out_specs=batch)(ids)
     self.assertEqual(max(counted), rounds)
@@ -164,9 +161,9 @@ class RoutedFfnTest(parameterized.TestCase):
     """As in a pipeline's stage: manual over `stage`, and over all axes."""
     mesh = make_mesh(stage=2, node=2, expert=2)
     args, ids, dy = _problem()
-    batch = P(expert.BATCH_AXES)
-    owned = P(expert.EXPERT_AXES)
-    for axes in (('stage',), _NAMES):
+    batch = P(rules.BATCH)
+    owned = P(rules.EXPERTS)
+    for axes in (('stage',), mesh_lib.AXES):
       specs = [batch, owned, owned, owned, batch, batch]
       if axes == ('stage',):
         specs = [P()] * 6

@@ -26,10 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.ops import experts, quantize
-
-# Of a mesh, outermost first: what the batch is split over, and the experts.
-BATCH_AXES = ('data', 'fsdp', 'node', 'expert')
-EXPERT_AXES = ('node', 'expert')
+from deepseek_jax.parallel import rules
 
 # As `experts.expert_ffn`.
 Ffn = Callable[..., jax.Array]
@@ -212,7 +209,7 @@ def route(
 def _axes_of_hops(exchange: Exchange) -> tuple[tuple[str, ...], ...]:
   if exchange.two_hop and _axis_size('node') > 1:
     return ('node',), ('expert',)
-  return (EXPERT_AXES,)
+  return (rules.EXPERTS,)
 
 
 def _axis_size(axis: str) -> int:
@@ -491,7 +488,7 @@ def expert_parallel_ffn(
     exchange: options.
   """
   weights = (w1_eDF, w2_eFD, w3_eDF)
-  W = math.prod(_axis_size(a) for a in EXPERT_AXES)
+  W = math.prod(_axis_size(a) for a in rules.EXPERTS)
   if W == 1:
     return ffn(x_TD, *weights, expert_ids_TK, weights_TK)
   own = w1_eDF.shape[0]
@@ -534,13 +531,13 @@ def routed_ffn(
   manual = jax.sharding.get_abstract_mesh().manual_axes
   auto = tuple(
     a
-    for a in BATCH_AXES
-    if a not in manual and (_axis_size(a) > 1 or a in EXPERT_AXES)
+    for a in rules.BATCH
+    if a not in manual and (_axis_size(a) > 1 or a in rules.EXPERTS)
   )
   shards = math.prod(map(_axis_size, auto))
   if shards == 1:
     return run(x_TD, w1_EDF, w2_EFD, w3_EDF, expert_ids_TK, weights_TK)
-  already = math.prod(_axis_size(a) for a in EXPERT_AXES if a in manual)
+  already = math.prod(_axis_size(a) for a in rules.EXPERTS if a in manual)
   T, E = x_TD.shape[0], w1_EDF.shape[0] * already
   missing = -T % shards
   rows = [
@@ -548,7 +545,7 @@ def routed_ffn(
     for v, fill in ((x_TD, 0), (expert_ids_TK, E), (weights_TK, 0))
   ]
   over_rows = P(auto)
-  over_experts = P(tuple(a for a in auto if a in EXPERT_AXES))
+  over_experts = P(tuple(a for a in auto if a in rules.EXPERTS))
   y = jax.shard_map(
     run,
     in_specs=(over_rows, *[over_experts] * 3, over_rows, over_rows),
