@@ -1,4 +1,4 @@
-"""What a compiled program communicates, read from its HLO text.
+"""What a compiled program communicates, read from its HLO (V3 section 3.2.2).
 
 XLA prints a program as computations of instructions.  Here they become a graph:
 which collectives there are, over which mesh axes, with how many bytes and how
