@@ -26,6 +26,7 @@ TILES = ('1x128', '128x128', 'tensor')
 SCALES = ('float32', 'ceil', 'floor')
 ACCUMULATE = ('exact', 'hopper14')
 NONFINITES = ('stop', 'skip')
+KERNELS = ('auto', 'xla')
 
 
 def _require(ok: bool, field: str, value: Any, fix: str) -> None:
@@ -330,10 +331,12 @@ class PrecisionConfig:
   mu_dtype: str = 'bfloat16'  # Adam's first moment.
   nu_dtype: str = 'bfloat16'  # Adam's second moment.
   fp8: FP8Config = FP8Config()
+  kernels: str = 'auto'  # Pallas kernels where they can run; xla: nowhere.
 
   def __post_init__(self):
     for name in ('compute_dtype', 'mu_dtype', 'nu_dtype'):
       _choice(f'precision.{name}', getattr(self, name), DTYPES)
+    _choice('precision.kernels', self.kernels, KERNELS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,6 +43,7 @@ CHOICES = {
   'precision.fp8.weight_tile': config_lib.TILES,
   'precision.fp8.gradient_tile': config_lib.TILES,
   'precision.fp8.accumulate': config_lib.ACCUMULATE,
+  'precision.kernels': config_lib.KERNELS,
   'optim.schedule': config_lib.LR_SCHEDULES,
   'train.remat': config_lib.REMATS,
   'train.nonfinite': config_lib.NONFINITES,

@@ -1,0 +1,59 @@
+"""Which implementation is chosen, and what a wrong request answers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from deepseek_jax.kernels import dispatch, mosaic, quantize
+from deepseek_jax.ops import quantize as reference
+
+
+class ChooseTest(parameterized.TestCase):
+  def test_a_cpu_takes_the_reference(self):
+    choice = dispatch.choose(None, [])
+    self.assertEqual(choice, ('xla', 'the device is a cpu'))
+    x = jnp.ones((64, 128))
+    np.testing.assert_array_equal(
+      quantize.quantize(x, reference.ROW_TILE).codes,
+      reference.quantize(x, reference.ROW_TILE).codes,
+    )
+
+  def test_a_hopper_takes_the_kernel_that_fits(self):
+    with mosaic.for_hopper():
+      self.assertTrue(dispatch.choose(None, []).is_kernel)
+      choice = dispatch.choose(None, ['too narrow'])
+      self.assertEqual(choice, ('xla', 'too narrow'))
+      self.assertFalse(dispatch.choose('xla', []).is_kernel)
+
+  def test_other_gpus_and_automatic_axes_take_the_reference(self):
+    def device(kind):
+      return jax.sharding.AbstractDevice(kind, 132, 'gpu')
+
+    auto = jax.sharding.AxisType.Auto
+    for mesh, reason in (
+      (jax.sharding.AbstractMesh((), (), abstract_device=device('A100')),
+       'no Hopper'),
+      (jax.sharding.AbstractMesh((2,), ('data',), axis_types=(auto,),
+                                 abstract_device=device('H100')), 'data'),
+    ):  # fmt: skip
+      with jax.sharding.use_abstract_mesh(mesh):
+        choice = dispatch.choose(None, [])
+      self.assertFalse(choice.is_kernel)
+      self.assertIn(reason, choice.reason)
+
+  def test_what_cannot_run_is_said(self):
+    with self.assertRaisesRegex(ValueError, "'triton'.*xla, mosaic_gpu"):
+      dispatch.choose('triton', [])
+    with self.assertRaisesRegex(ValueError, r'\(63, 128\) is not in tiles'):
+      quantize.quantize(
+        jnp.ones((63, 128)), reference.ROW_TILE, implementation='mosaic_gpu'
+      )
+
+  def test_the_setting(self):
+    self.assertIsNone(dispatch.requested('auto'))
+    self.assertEqual(dispatch.requested('xla'), 'xla')
+
+
+if __name__ == '__main__':
+  absltest.main()
