@@ -2,9 +2,15 @@
 
     python -m experiments.plan --schedule=dualpipe --ranks=8 --microbatches=20
     python -m experiments.plan --schedule=zb_h1 --costs=1,2.5,0.8 --out=zb.svg
+    python -m experiments.plan --preset=deepseek_v3 --device=h800 \
+      --parallel.data=2 --parallel.node=8 --parallel.expert=8 \
+      --parallel.stage=16 --parallel.zero1 --train.micro_batch_size=128 \
+      --precision.fp8.enabled
 
-With `--schedule`: the pipeline schedule step by step, each rank's bubble and
-the micro-batches whose activations it holds.
+With `--schedule` alone: the pipeline schedule step by step, each rank's bubble
+and the micro-batches whose activations it holds.  With a preset or a config:
+what a run takes of each device, what crosses each axis of the mesh in a step,
+and how fast a step can be.
 """
 
 from absl import flags as absl_flags
@@ -27,6 +33,8 @@ _COSTS = absl_flags.DEFINE_list(
   'pair, and the latency of a message; those left out keep their defaults.',
 )
 _OUT = absl_flags.DEFINE_string('out', None, 'Also draw to this .png or .svg.')
+_DEVICE = absl_flags.DEFINE_string('device', 'h800', 'h800, h100 or h200.')
+flags.define(default_preset='deepseek_v3')
 
 
 def _costs():
@@ -53,11 +61,29 @@ def _plan_schedule() -> None:
     timeline.draw(run, _OUT.value)
 
 
+def _plan_run() -> None:
+  from deepseek_jax.parallel import schedules
+  from deepseek_jax.planner import communication, report
+
+  config, _ = flags.resolve()
+  schedule, stages = None, config.parallel.stage
+  if stages > 1:
+    count = communication.microbatches(config)
+    schedule = schedules.make(_SCHEDULE.value or 'dualpipe', stages, count)
+  print(report.text(config, _DEVICE.value, schedule))
+
+
 def main() -> None:
   """Prints the plan that the flags ask for."""
-  if _SCHEDULE.value is None:
-    raise ValueError('--schedule is not set: name one, such as dualpipe')
-  _plan_schedule()
+  given = {name for name in absl_flags.FLAGS if absl_flags.FLAGS[name].present}
+  is_run = not _SCHEDULE.value or given & {'preset', 'config'}
+  kind = 'run' if is_run else 'schedule alone'
+  other = {'ranks', 'microbatches', 'costs', 'out'} if is_run else {'device'}
+  for name in sorted(given & other):
+    raise ValueError(
+      f'--{name} has no meaning for the plan of a {kind}: drop it'
+    )
+  _plan_run() if is_run else _plan_schedule()
 
 
 if __name__ == '__main__':

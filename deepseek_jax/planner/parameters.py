@@ -40,6 +40,12 @@ def layer(config: ModelConfig, is_moe: bool, active: bool = False) -> int:
   return total + moe.n_routed_experts * (D + bias)
 
 
+def routed_experts(config: ModelConfig) -> int:
+  """All routed experts of one layer, without the gate."""
+  moe = config.moe
+  return 3 * config.dim * moe.moe_inter_dim * moe.n_routed_experts
+
+
 def embedding(config: ModelConfig) -> int:
   """The token embedding, and as much again for an untied head."""
   return config.vocab_size * config.dim

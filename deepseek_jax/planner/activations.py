@@ -1,0 +1,160 @@
+"""What layers keep for the backward pass, and what they need while they run.
+
+The recomputation policies are those of `layers/stack.py` (V3 section 3.2.3).
+"""
+
+from typing import NamedTuple
+
+from deepseek_jax.config import Config
+from deepseek_jax.planner import communication, formats, parameters
+from deepseek_jax.planner.placement import Stage
+
+_HEAD_CHUNK = 512  # Tokens whose logits exist at once: ops/losses.py.
+# Of `sizes`: what each policy keeps besides a layer's input.
+_SELECTIVE = (
+  'latents', 'attn_out', 'lse', 'wo', 'routing', 'rows', 'ffn_up',
+)  # fmt: skip
+_KEPT = {
+  'full': (),
+  'selective': _SELECTIVE,
+  'none': (*_SELECTIVE, 'heads', 'w2', 'linear_in'),
+}
+
+
+class Rows(NamedTuple):
+  """Rows that the experts of one device get of one micro-batch and layer."""
+
+  expected: float  # The mean over devices, whatever the routing.
+  worst: int  # If all tokens of the group chose its experts.
+
+
+def expert_rows(config: Config) -> Rows:
+  """How much room the experts of a device need (V3 section 2.1.2: no drops)."""
+  parallel, moe = config.parallel, config.model.moe
+  tokens = communication.tokens_per_device(config)
+  parts = parallel.node * parallel.expert
+  expected = tokens * moe.n_activated_experts
+  if parts == 1:
+    return Rows(expected, round(expected))
+  own = moe.n_routed_experts // parts
+  worst = round(tokens) * parts * min(moe.n_activated_experts, own)
+  return Rows(expected, worst)
+
+
+def sizes(config: Config, is_moe: bool) -> dict[str, float]:
+  """Bytes per token of one layer's intermediate results, by `_KEPT`'s names.
+
+  Those of experts are of rows, not of tokens: see `row_sizes`.
+  """
+  m, width = config.model, formats.width(config)
+  moe, mla = m.moe, m.mla
+  if m.attention == 'mla':
+    latents = mla.q_lora_rank + mla.kv_lora_rank + mla.qk_rope_head_dim
+    q = mla.qk_nope_head_dim + mla.qk_rope_head_dim
+    heads = m.n_heads * (q + mla.qk_nope_head_dim + mla.v_head_dim)
+    out = m.n_heads * mla.v_head_dim
+  else:
+    latents, out = 0, m.n_heads * m.gqa.head_dim
+    heads = (m.n_heads + 2 * m.n_kv_heads) * m.gqa.head_dim
+  inter = moe.n_shared_experts * moe.moe_inter_dim if is_moe else m.inter_dim
+  # In FP8, what the projections and the FFN multiply.
+  codes = 2 * m.dim + latents if config.precision.fp8.enabled else 0
+  codes = formats.stored(config, 'fmt', codes)
+  # Logits; ids, the permutation and its inverse.
+  routing = 4 * (moe.n_routed_experts + 3 * moe.n_activated_experts)
+  return {
+    'latents': latents * width,
+    'attn_out': formats.stored(config, 'attn_out_fmt', out),
+    'lse': 4 * m.n_heads,
+    'wo': m.dim * width,
+    'routing': routing if is_moe else 0,
+    'ffn_up': formats.stored(config, 'swiglu_fmt', 2 * inter),
+    'heads': heads * width,
+    'w2': m.dim * width if inter else 0,
+    'linear_in': codes,
+  }
+
+
+def row_sizes(config: Config) -> dict[str, float]:
+  """Bytes of one row of a routed expert, by `_KEPT`'s names.
+
+  `rows` are what was dispatched; on one device they are read from the tokens.
+  """
+  m, parallel = config.model, config.parallel
+  is_sent = parallel.node * parallel.expert > 1
+  dispatched, _ = communication.token_bytes(config)
+  return {
+    'rows': dispatched if is_sent else 0,
+    'ffn_up': formats.stored(config, 'swiglu_fmt', 2 * m.moe.moe_inter_dim),
+  }
+
+
+def kept(config: Config, is_moe: bool, policy: str, rows: float) -> float:
+  """Bytes of one layer and micro-batch that a policy keeps on a device.
+
+  Args:
+    config: of the run.
+    is_moe: which kind of layer.
+    policy: `train.remat`.
+    rows: of the device's experts; see `expert_rows`.
+  """
+  if policy == 'alternate':
+    both = (kept(config, is_moe, p, rows) for p in ('none', 'full'))
+    return sum(both) / 2
+  width = formats.width(config)
+  per_token, per_row = sizes(config, is_moe), row_sizes(config)
+  names = _KEPT[policy]
+  total = config.model.dim * width + sum(per_token.get(n, 0) for n in names)
+  total *= communication.tokens_per_device(config)
+  if is_moe:
+    total += rows * sum(per_row.get(n, 0) for n in names)
+  return total
+
+
+def of_stage(config: Config, stage: Stage, rows: float) -> float:
+  """Bytes that a stage keeps of one micro-batch for its backward pass."""
+  model, policy = config.model, config.train.remat
+  is_moe = model.moe.n_routed_experts > 0
+  total = stage.dense * kept(config, False, policy, rows)
+  total += stage.moe * kept(config, True, policy, rows)
+  total += stage.mtp * kept(config, is_moe, policy, rows)
+  width = formats.width(config)
+  # An MTP module's two inputs; a head's input and its gradient.
+  vectors = 2 * stage.mtp + 2 * (stage.mtp + 1) * stage.heads
+  tokens = communication.tokens_per_device(config)
+  return total + vectors * tokens * model.dim * width
+
+
+def of_layer(config: Config, is_moe: bool, rows: float) -> float:
+  """Bytes that the backward pass of one layer takes while it runs.
+
+  What it computes again, the gradients of all its results, its experts' rows
+  and their gradients, its gathered weights with FSDP, and its weights'
+  gradients.  Attention's scores are taken to stay in a kernel.
+  """
+  model, parallel = config.model, config.parallel
+  width = formats.width(config)
+  total = 2 * kept(config, is_moe, 'none', rows)
+  total -= kept(config, is_moe, config.train.remat, rows)
+  own = parameters.layer(model, is_moe)
+  if is_moe:
+    total += rows * (model.dim + 2 * model.moe.moe_inter_dim) * width
+    routed = parameters.routed_experts(model)
+    own -= routed - routed // (parallel.node * parallel.expert)
+  return total + own * (4 + width * (parallel.fsdp > 1))
+
+
+def of_heads(config: Config, stage: Stage) -> float:
+  """Bytes that the losses take while they are computed.
+
+  A head's gradient in float32, a chunk of logits with its probabilities and
+  their gradient, and the gradients of all heads in the compute dtype, which
+  stay until the backward pass is over.
+  """
+  if not stage.heads:
+    return 0
+  model = config.model
+  table = parameters.embedding(model)
+  tokens = min(_HEAD_CHUNK, communication.tokens_per_device(config))
+  logits = 3 * 4 * tokens * model.vocab_size
+  return (4 + (1 + stage.mtp) * formats.width(config)) * table + logits

@@ -1,0 +1,25 @@
+"""How many bytes numbers take, in the formats of V3 section 3.3."""
+
+import re
+
+from deepseek_jax.config import Config
+
+BYTES = {'float32': 4, 'bfloat16': 2, 'float16': 2}
+_TILE = 128  # Numbers that share a float32 scale.
+
+
+def width(config: Config) -> int:
+  """Bytes of a number in the compute dtype."""
+  return BYTES[config.precision.compute_dtype]
+
+
+def stored(config: Config, field: str, count: float) -> float:
+  """Bytes of `count` numbers in the format of a field of `precision.fp8`.
+
+  Codes, of which E5M6 takes 12 bits, and scales; without FP8 the compute dtype.
+  """
+  fp8 = config.precision.fp8
+  if not fp8.enabled:
+    return count * width(config)
+  bits = 1 + sum(map(int, re.findall(r'\d+', getattr(fp8, field))))
+  return count * (bits / 8 + 4 / _TILE)

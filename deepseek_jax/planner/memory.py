@@ -1,0 +1,118 @@
+"""Bytes that a training step takes on one device: arithmetic only.
+
+State (master weights, moments), the step's own copy of the weights, gradients,
+what the recomputation policy keeps for the backward pass (V3 section 3.2.3) of
+as many micro-batches as the pipeline holds, and the widest layer's working set.
+"""
+
+from typing import NamedTuple
+
+from deepseek_jax.config import Config, ParallelConfig
+from deepseek_jax.parallel import simulate
+from deepseek_jax.parallel.schedules import Schedule
+from deepseek_jax.planner import (
+  activations,
+  communication,
+  formats,
+  placement,
+)
+from deepseek_jax.planner.placement import Held, Stage
+
+
+class Memory(NamedTuple):
+  """Bytes on the fullest device.
+
+  Attributes:
+    state: float32 master weights and the moments.
+    weights: the copy in the compute dtype.
+    gradients: float32, summed over micro-batches.
+    activations: kept for backward passes.
+    working: of the layer or head that needs most.
+  """
+
+  state: float
+  weights: float
+  gradients: float
+  activations: float
+  working: float
+
+  @property
+  def total(self) -> float:
+    """All of it."""
+    return sum(self)
+
+
+def of_rank(
+  config: Config,
+  schedule: Schedule | None = None,
+  rank: int = 0,
+  is_worst: bool = False,
+) -> Memory:
+  """Memory of one rank of a pipeline, or of any device without one.
+
+  Args:
+    config: of the run.
+    schedule: of the pipeline, if there is one.
+    rank: which.
+    is_worst: all tokens choose the experts of this device, in every layer and
+      micro-batch; otherwise it gets as many as any other.
+  """
+  parallel, precision = config.parallel, config.precision
+  hosted = placement.hosted(config.model, schedule, rank)
+  held = placement.held(config.model, list(hosted.values()))
+  step, stored = on_device(held, parallel), stored_on_device(held, parallel)
+  moments = [formats.BYTES[d] for d in (precision.mu_dtype, precision.nu_dtype)]
+  width, is_alone = formats.width(config), parallel.n_devices == 1
+  rows = activations.expert_rows(config)[is_worst]
+  kept = {c: activations.of_stage(config, s, rows) for c, s in hosted.items()}
+  # One micro-batch's gradients beside the sum; a pipeline adds in place.
+  accumulates = communication.microbatches(config) > 1 and schedule is None
+  gradients = (4 + (4 if is_alone else width) * accumulates) * step
+  # The losses come first: then there are no other gradients yet, unless some
+  # micro-batch is over.
+  later = 0 if schedule or accumulates else gradients
+  return Memory(
+    state=(4 + sum(moments)) * stored,
+    weights=0 if is_alone and width == 4 else width * step,
+    gradients=gradients,
+    activations=_peak(schedule, rank, kept),
+    working=max(_working(config, s, rows, later) for s in hosted.values()),
+  )
+
+
+def _working(config: Config, stage: Stage, rows: float, later: float) -> float:
+  """Bytes of a stage's hungriest part; `later`: not yet there at its losses."""
+  is_moe = config.model.moe.n_routed_experts > 0
+  has = {False: stage.dense, True: stage.moe}
+  has[is_moe] += stage.mtp
+  layers = [
+    activations.of_layer(config, kind, rows) for kind, n in has.items() if n
+  ]
+  return max(*layers, activations.of_heads(config, stage) - later, 0)
+
+
+def _peak(
+  schedule: Schedule | None, rank: int, kept_by: dict[int, float]
+) -> float:
+  """The most that a rank's chunks keep at once, by a micro-batch of each."""
+  if schedule is None:
+    return sum(kept_by.values())
+  live = {c: simulate.live_activations(schedule, rank, c) for c in kept_by}
+  steps = len(schedule.rows[rank])
+  return max(
+    sum(live[c][i] * size for c, size in kept_by.items()) for i in range(steps)
+  )
+
+
+def on_device(held: Held, parallel: ParallelConfig) -> float:
+  """Parameters of `held` that one device has for a step."""
+  parts = parallel.node * parallel.expert
+  return (held.other + held.routed / parts) / parallel.fsdp
+
+
+def stored_on_device(held: Held, parallel: ParallelConfig) -> float:
+  """Those whose master weights it stores: fewer of them with ZeRO-1."""
+  if not parallel.zero1:
+    return on_device(held, parallel)
+  others = held.other / parallel.n_batch_shards
+  return others + held.routed / parallel.n_batch_shards

@@ -1,0 +1,355 @@
+"""The plan of a run: V3's published layout, and the arithmetic behind it."""
+
+import dataclasses
+import itertools
+import subprocess
+import sys
+
+from absl.testing import absltest, parameterized
+
+from deepseek_jax import config as config_lib
+from deepseek_jax import presets
+from deepseek_jax.parallel import schedules, simulate
+from deepseek_jax.planner import (
+  activations,
+  communication,
+  cost,
+  devices,
+  flops,
+  memory,
+  parameters,
+  placement,
+  report,
+)
+
+_PUBLISHED = {
+  'parallel.data': 2,
+  'parallel.node': 8,
+  'parallel.expert': 8,
+  'parallel.stage': 16,
+  'parallel.zero1': True,
+  'train.micro_batch_size': 128,  # A sequence on each of a stage's devices.
+  'precision.fp8.enabled': True,
+}
+
+
+def _v3(**changes):
+  config = config_lib.replace(presets.deepseek_v3(), _PUBLISHED)
+  return config_lib.replace(config, changes)
+
+
+def _dualpipe(config):
+  count = communication.microbatches(config)
+  return schedules.make('dualpipe', config.parallel.stage, count)
+
+
+class PublishedLayoutTest(parameterized.TestCase):
+  """V3 on 2,048 H800 (FACTS 2.2 and 5.1)."""
+
+  def setUp(self):
+    super().setUp()
+    self.config = _v3()
+    self.schedule = _dualpipe(self.config)
+
+  def test_devices_and_batch(self):
+    parallel = self.config.parallel
+    self.assertEqual(parallel.n_devices, 2048)
+    self.assertEqual(parallel.n_batch_shards, 128)
+    experts = self.config.model.moe.n_routed_experts
+    self.assertEqual(experts // (parallel.node * parallel.expert), 4)
+    self.assertEqual(communication.microbatches(self.config), 120)
+    self.assertEqual(communication.tokens_per_device(self.config), 4096)
+    step = cost.of_rank(self.config, devices.DEVICES['h800'], self.schedule)
+    self.assertEqual(step.tokens, 62_914_560)
+
+  def test_parameters_of_a_device(self):
+    one = placement.Stage(dense=0, moe=1, mtp=0, embeds=False, heads=False)
+    held = placement.held(self.config.model, [one])
+    on_device = memory.on_device(held, self.config.parallel)
+    self.assertEqual(on_device, 409_157_888)
+    for rank in range(1, 15):
+      hosted = placement.hosted(self.config.model, self.schedule, rank)
+      held = placement.held(self.config.model, list(hosted.values()))
+      on_device = memory.on_device(held, self.config.parallel)
+      self.assertEqual(on_device, 8 * 409_157_888)
+
+  def test_embedding_head_and_mtp_share_a_rank(self):
+    first, last = (
+      placement.hosted(self.config.model, self.schedule, rank)
+      for rank in (0, 15)
+    )
+    self.assertCountEqual(first.values(), last.values())
+    self.assertTrue(any(s.embeds for s in first.values()))
+    self.assertTrue(any(s.heads and s.mtp for s in first.values()))
+    held = placement.held(self.config.model, list(first.values()))
+    layers = [parameters.layer(self.config.model, False)] * 3
+    layers += [parameters.layer(self.config.model, True)] * 2
+    tables = 2 * parameters.embedding(self.config.model)
+    mtp = parameters.mtp(self.config.model)
+    self.assertEqual(sum(held), sum(layers) + tables + mtp + 7168)
+
+  def test_lower_bounds_of_the_all_to_all(self):
+    """4,096 tokens to 3.5 remote nodes at 50 GB/s: 2.1 and 4.1 ms."""
+    h800 = devices.DEVICES['h800']
+    node = [
+      t for t in communication.expert_traffic(self.config) if t.axis == 'node'
+    ]
+    seconds = {t.what: communication.lower_bound([t], h800) for t in node}
+    self.assertAlmostEqual(seconds['dispatch'], 4096 * 3.5 * 7392 / 50e9)
+    self.assertAlmostEqual(seconds['combine'], 4096 * 3.5 * 14336 / 50e9)
+    self.assertEqual(
+      {what: round(s * 1e3, 1) for what, s in seconds.items()},
+      {'dispatch': 2.1, 'combine': 4.1},
+    )
+
+  def test_activations_follow_the_schedule(self):
+    """PP + 1 micro-batches of four MoE layers (V3 table 2)."""
+    stage = placement.stages(self.config.model, 16)[7]
+    rows = activations.expert_rows(self.config).expected
+    one = activations.of_stage(self.config, stage, rows)
+    found = memory.of_rank(self.config, self.schedule, 7).activations
+    self.assertAlmostEqual(found / one, 17)
+
+  def test_zero1_divides_state_over_all_copies(self):
+    """Attention and shared experts over 128 devices, routed ones over 2."""
+    hosted = placement.hosted(self.config.model, self.schedule, 7)
+    held = placement.held(self.config.model, list(hosted.values()))
+    state = memory.of_rank(self.config, self.schedule, 7).state
+    self.assertAlmostEqual(state, 8 * (held.other / 128 + held.routed / 128))
+    alone = _v3(**{'parallel.zero1': False})
+    state = memory.of_rank(alone, self.schedule, 7).state
+    self.assertAlmostEqual(state, 8 * (held.other + held.routed / 64))
+
+  def test_the_measured_step_is_above_the_bound(self):
+    """19.926 s a step (FACTS 2.6), of which 10.3 % are bubble."""
+    h800 = devices.DEVICES['h800']
+    found = cost.of_rank(self.config, h800, self.schedule, 7)
+    self.assertBetween(found.step, 0.2 * 19.926, 19.926)
+    # FACTS 2.6 counts 385 TFLOP/s without MTP, of 62.9M tokens in 19.926 s.
+    model = dataclasses.replace(self.config.model, n_mtp_layers=0)
+    total = flops.train_per_token(model, 4096) * found.tokens
+    self.assertAlmostEqual(total / 19.926 / 2048 / 1e12, 385, delta=1.5)
+
+
+class DestinationsTest(parameterized.TestCase):
+  def _model(self, experts, groups, limit, chosen):
+    return config_lib.replace(
+      presets.deepseek_v3().model,
+      {
+        'moe.n_routed_experts': experts,
+        'moe.n_expert_groups': groups,
+        'moe.n_limited_groups': limit,
+        'moe.n_activated_experts': chosen,
+        'moe.group_score': 'max',
+      },
+    )
+
+  @parameterized.parameters(
+    (8, 1, 1, 3, 2), (8, 1, 1, 3, 8), (12, 4, 2, 4, 2), (12, 4, 2, 4, 4),
+    (12, 3, 2, 4, 6), (6, 1, 1, 6, 3), (8, 8, 3, 3, 4),
+  )  # fmt: skip
+  def test_is_the_mean_over_all_choices(self, experts, groups, limit, chosen,
+                                        parts):  # fmt: skip
+    """Counted: equally many experts of every open group."""
+    each, per_group = chosen // limit, experts // groups
+    total = number = 0
+    for opened in itertools.combinations(range(groups), limit):
+      choices = [
+        itertools.combinations(range(g * per_group, (g + 1) * per_group), each)
+        for g in opened
+      ]
+      for choice in itertools.product(*map(list, choices)):
+        ids = itertools.chain(*choice)
+        total += len({i * parts // experts for i in ids})
+        number += 1
+    model = self._model(experts, groups, limit, chosen)
+    found = communication.destinations(model, parts)
+    self.assertAlmostEqual(found, total / number)
+
+  def test_v3(self):
+    model = presets.deepseek_v3().model
+    self.assertAlmostEqual(communication.destinations(model, 8), 4)
+    self.assertAlmostEqual(communication.destinations(model, 1), 1)
+    self.assertAlmostEqual(communication.destinations(model, 256), 8)
+
+
+class PlacementTest(parameterized.TestCase):
+  def test_v3_on_16_stages(self):
+    cut = placement.stages(presets.deepseek_v3().model, 16)
+    self.assertEqual([s.dense for s in cut], [3] + [0] * 15)
+    self.assertEqual([s.moe for s in cut], [0] + [4] * 14 + [2])
+    self.assertEqual([s.mtp for s in cut], [0] * 15 + [1])
+
+  @parameterized.product(name=list(presets.PRESETS), n=(1, 2, 3))
+  def test_nothing_is_lost(self, name, n):
+    model = presets.PRESETS[name]().model
+    cut = placement.stages(model, n)
+    self.assertEqual(sum(s.dense for s in cut), model.n_first_dense)
+    self.assertEqual(sum(s.moe for s in cut), model.n_moe_layers)
+    self.assertEqual([s.embeds for s in cut], [i == 0 for i in range(n)])
+    held = [placement.held(model, [s]) for s in cut]
+    again = parameters.embedding(model)  # A stage of its own needs it for MTP.
+    copies = n > 1 and model.n_mtp_layers > 0 and not model.tie_embeddings
+    expected = parameters.main_model(model) + parameters.mtp(model)
+    self.assertEqual(sum(map(sum, held)), expected + copies * again)
+
+  def test_as_many_stages_as_layers(self):
+    model = presets.deepseek_v3().model
+    self.assertLen(placement.stages(model, 62), 62)  # MTP counts as one.
+    with self.assertRaisesRegex(ValueError, 'n_layers=61'):
+      placement.stages(model, 63)
+
+
+class TrafficTest(parameterized.TestCase):
+  def test_stages_send_every_micro_batch_both_ways(self):
+    config = _v3()
+    schedule = _dualpipe(config)
+    sent = [
+      communication.stage_traffic(config, schedule, rank).sent
+      for rank in range(16)
+    ]
+    vector = 4096 * 7168 * 2
+    # An end sends 60 forwards one way and 60 gradients the other way.
+    self.assertEqual(
+      sent, [120 * vector] + [240 * vector] * 14 + [120 * vector]
+    )
+
+  def test_zero1_sends_less_than_an_all_reduce(self):
+    config = _v3()
+    held = placement.Held(routed=64 * 1000, other=1000)
+    sharded = communication.parameter_traffic(config, held, 1)
+    self.assertEqual(
+      [(t.axis, round(t.sent)) for t in sharded],
+      [
+        ('data+node+expert', round(4000 * 127 / 128)),
+        ('data+node+expert', round(2000 * 127 / 128)),
+        ('data', 2000),
+        ('data', 1000),
+      ],
+    )
+    config = _v3(**{'parallel.zero1': False})
+    plain = communication.parameter_traffic(config, held, 1)
+    ratio = sum(t.sent for t in plain) / sum(t.sent for t in sharded)
+    self.assertAlmostEqual(ratio, 8 / 6)
+
+  def test_fsdp_gathers_for_each_pass(self):
+    config = config_lib.replace(
+      presets.tiny(), {'parallel.fsdp': 4, 'train.micro_batch_size': 4}
+    )
+    held = placement.Held(routed=600, other=400)
+    found = communication.parameter_traffic(config, held, 3)
+    self.assertEqual({t.axis for t in found}, {'fsdp'})
+    self.assertAlmostEqual(sum(t.sent for t in found), 3 * 3 * 4000 * 3 / 4)
+
+  def test_one_device_sends_nothing(self):
+    self.assertEqual(cost.traffic(presets.tiny()), [])
+
+  def test_one_hop_crosses_more_than_two(self):
+    two = communication.expert_traffic(_v3())
+    one = communication.expert_traffic(
+      _v3(**{'parallel.node': 1, 'parallel.expert': 64})
+    )
+    crossing = [sum(t.crossing for t in hops) for hops in (two, one)]
+    nodes, gpus = 3.5, 7.6129 * 56 / 64
+    self.assertAlmostEqual(crossing[1] / crossing[0], gpus / nodes, delta=1e-4)
+
+
+class MemoryTest(parameterized.TestCase):
+  def test_policies_keep_less_and_less(self):
+    config = config_lib.replace(presets.deepseek_v3(), {})
+    kept = [
+      activations.kept(config, True, policy, 8 * 4096)
+      for policy in ('none', 'selective', 'full')
+    ]
+    self.assertEqual(kept, sorted(kept, reverse=True))
+    mean = activations.kept(config, True, 'alternate', 8 * 4096)
+    self.assertEqual(mean, (kept[0] + kept[2]) / 2)
+
+  def test_full_keeps_the_input_alone(self):
+    config = presets.deepseek_v3()
+    tokens = config.train.micro_batch_size * 4096
+    self.assertEqual(
+      activations.kept(config, True, 'full', 10), tokens * 7168 * 2
+    )
+
+  def test_rows(self):
+    rows = activations.expert_rows(_v3())
+    self.assertEqual(rows.expected, 4096 * 8)
+    # All 64 x 4,096 tokens choose the four experts of one device.
+    self.assertEqual(rows.worst, 64 * 4096 * 4)
+
+
+class BoundsTest(parameterized.TestCase):
+  def test_compute_alone(self):
+    config, h100 = presets.deepseek_v2_lite(), devices.DEVICES['h100']
+    found = cost.of_rank(config, h100)
+    tokens = 4608 * 4096
+    total = flops.train_per_token(config.model, 4096) * tokens
+    self.assertEqual(found.step, total / 989.5e12)
+    self.assertEqual((found.bubble, found.sending), (0, 0))
+
+  def test_bubble_is_the_schedules(self):
+    config, h800 = _v3(), devices.DEVICES['h800']
+    schedule = _dualpipe(config)
+    found = cost.of_rank(config, h800, schedule, 7)
+    run = simulate.simulate(schedule)
+    share = found.bubble / (found.compute + found.bubble)
+    self.assertAlmostEqual(share, run.bubble(7) / run.makespan)
+
+  def test_fp8_doubles_the_linears_only(self):
+    h800 = devices.DEVICES['h800']
+    plain = _v3(**{'precision.fp8.enabled': False})
+    ratio = (
+      cost.of_rank(plain, h800).compute / cost.of_rank(_v3(), h800).compute
+    )
+    slow = flops.bfloat16_per_token(plain.model, 4096)
+    share = slow / flops.train_per_token(plain.model, 4096)
+    self.assertAlmostEqual(ratio, 1 / (share + (1 - share) / 2))
+
+
+class CommandTest(parameterized.TestCase):
+  def _run(self, *arguments):
+    return subprocess.run(
+      [sys.executable, '-m', 'experiments.plan', *arguments],
+      capture_output=True,
+      text=True,
+    )
+
+  def test_prints_the_published_layout(self):
+    flags = [
+      f'--{name}={str(value).lower()}' for name, value in _PUBLISHED.items()
+    ]
+    done = self._run('--preset=deepseek_v3', '--device=h800', *flags)
+    self.assertEqual(done.returncode, 0, done.stderr)
+    for text in (
+      '2048 x h800',
+      '62,914,560 tokens',
+      '3,273,263,104',
+      'micro-batches: 120',
+    ):
+      self.assertIn(text, done.stdout)
+
+  @parameterized.parameters(
+    (('--preset=tiny', '--device=a100'), 'use one of h800'),
+    (('--preset=tiny', '--parallel.stage=4'), 'the nearest is 8'),
+    (('--preset=tiny', '--parallel.expert=3'), 'must divide'),
+    (('--preset=tiny', '--ranks=4'), '--ranks has no meaning for the plan of'),
+    (('--schedule=dualpipe', '--device=h100'), '--device has no meaning'),
+  )
+  def test_mistakes_are_one_line(self, arguments, message):
+    done = self._run(*arguments)
+    self.assertEqual(done.returncode, 2, done.stderr)
+    self.assertStartsWith(done.stderr, 'ERROR: ')
+    self.assertIn(message, done.stderr)
+
+
+class ReportTest(parameterized.TestCase):
+  @parameterized.parameters(*presets.PRESETS)
+  def test_every_preset(self, name):
+    text = report.text(presets.PRESETS[name](), 'h200')
+    self.assertNotIn('nan', text)
+    self.assertIn('fit into h200', text.replace('fits', 'fit'))
+
+
+if __name__ == '__main__':
+  absltest.main()
