@@ -85,7 +85,7 @@ class MoE(nn.Module):
     """The gate, in float32: a `Routing` with leading dimensions [B, T]."""
     c = self.config
     E = c.moe.n_routed_experts
-    init = params.normal(c.init_std, 'dim', None)
+    init = params.normal(c.init_std, 'dim', None, is_float32=True)
     gate_DE = self.param('gate', init, (c.dim, E), jnp.float32)
     bias = self.variable('router_state', 'bias', jnp.zeros, (E,), jnp.float32)
     logits = jnp.einsum('BTD,DE->BTE', x_BTD.astype(jnp.float32), gate_DE)

@@ -1,5 +1,6 @@
 """Many equal layers on one stacked parameter tree, and their recomputation."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -49,14 +50,23 @@ def init_stacked(layer: nn.Module, rng: jax.Array, n_layers: int, *args) -> Any:
   return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: 'layers'})
 
 
-def rematerialised(apply, policy: str, index: int = 0, in_scan: bool = False):
-  """`apply` under a policy; `index` is a layer's place in its group."""
+def rematerialised(
+  apply, policy: str, index: int = 0, in_scan: bool = False, collect=None
+):
+  """`apply` under a policy; `index` is a layer's place in its group.
+
+  `collect`, see `apply_stacked`, comes first, and is computed again as well.
+  """
+
+  def run(variables, *args):
+    return apply(collect(variables) if collect else variables, *args)
+
   if policy == 'alternate':
     policy = 'none' if index else 'full'
   names = {'none': _NO_MATMUL_TWICE, 'selective': _SELECTIVE, 'full': ()}
   saveable = jax.checkpoint_policies.save_only_these_names(*names[policy])
   # Only a loop keeps XLA from merging the two computations back into one.
-  return jax.checkpoint(apply, policy=saveable, prevent_cse=not in_scan)
+  return jax.checkpoint(run, policy=saveable, prevent_cse=not in_scan)
 
 
 def apply_stacked(
@@ -66,6 +76,7 @@ def apply_stacked(
   *args: Any,
   remat: str = 'none',
   scan: bool = True,
+  collect: Callable[[Any], Any] | None = None,
 ) -> tuple[jax.Array, Any]:
   """Runs the layers in turn; each takes `x` and `args`, gives `(x, stats)`.
 
@@ -77,6 +88,8 @@ def apply_stacked(
     remat: 'none': no matmul is computed again; 'full': keep only each layer's
       input; 'alternate': full for every other layer; 'selective': the paper's.
     scan: compile one layer and loop, rather than L copies; the same result.
+    collect: what makes one layer's variables whole, where devices share them;
+      always done again in the backward pass.
 
   Returns:
     The last layer's output and the stacked statistics.
@@ -85,7 +98,7 @@ def apply_stacked(
   group = 2 if remat == 'alternate' else 1
 
   def run(x, layer_variables, index, in_scan):
-    apply = rematerialised(layer.apply, remat, index, in_scan)
+    apply = rematerialised(layer.apply, remat, index, in_scan, collect)
     return apply(layer_variables, x, *args)
 
   def run_group(x, group_variables):

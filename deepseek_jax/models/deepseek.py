@@ -1,6 +1,7 @@
 """The DeepSeek Transformer (V3 section 2)."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -42,6 +43,8 @@ class Transformer(nn.Module):
     mask_documents: attention stays within a segment.
     remat: recomputation policy; see `stack.apply_stacked`.
     scan_layers: loop over layers in the compiled program.
+    collect: (stack, variables of one of its layers) -> the same, whole, where
+      devices share them.
   """
 
   config: ModelConfig
@@ -49,6 +52,7 @@ class Transformer(nn.Module):
   mask_documents: bool = False
   remat: str = 'none'
   scan_layers: bool = True
+  collect: Callable[[str, Any], Any] | None = None
 
   @property
   def dtype(self) -> jnp.dtype:
@@ -231,6 +235,9 @@ class Transformer(nn.Module):
       for collection, stacked in self.stacks[name].items()
     }
 
+  def _collector(self, name: str) -> Callable[[Any], Any] | None:
+    return self.collect and functools.partial(self.collect, name)
+
   def _layer_args(self, segments_BT):
     """(positions, segments for attention, padding mask) of every layer."""
     positions_BT = jnp.broadcast_to(
@@ -251,6 +258,7 @@ class Transformer(nn.Module):
           *args,
           remat=self.remat,
           scan=self.scan_layers,
+          collect=self._collector(name),
         )
     return norms.rms_norm(x_BTD, self.norm, self.config.norm_eps), stats
 
@@ -262,7 +270,9 @@ class Transformer(nn.Module):
       variables = jax.tree.map(lambda v: v[k - 1], self.stacks['mtp'])  # noqa: B023
       mask_BT = mtp_mask(segments_BT, k)
       module = self._layers()['mtp'][0]
-      apply = stack.rematerialised(module.apply, self.remat)
+      apply = stack.rematerialised(
+        module.apply, self.remat, collect=self._collector('mtp')
+      )
       hidden_BTD, s = apply(
         variables,
         hidden_BTD,

@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from deepseek_jax.config import Config
 from deepseek_jax.layers import params as params_lib
 from deepseek_jax.models import deepseek
 from deepseek_jax.ops import losses, routing
+from deepseek_jax.parallel import sharding
+from deepseek_jax.training import layout as layout_lib
 from deepseek_jax.training import optimizer
+from deepseek_jax.training.layout import Layout
 from deepseek_jax.training.schedules import Hyper
 from deepseek_jax.training.state import TrainState
 
@@ -53,43 +55,53 @@ def declare(model: deepseek.Transformer) -> dict[str, Any]:
   return {'router_state': {}, **jax.eval_shape(init, jax.random.key(0))}
 
 
-def init_variables(model: deepseek.Transformer, seed: int) -> dict[str, Any]:
+def make_layout(model: deepseek.Transformer, config: Config) -> Layout | None:
+  """Where a run's arrays lie; see `layout.make`."""
+  return layout_lib.make(declare(model), config)
+
+
+def init_variables(
+  model: deepseek.Transformer, seed: int, shardings: Any = None
+) -> dict[str, Any]:
   """Fresh `params` and `router_state` (empty without routed experts)."""
-  return params_lib.materialise(declare(model), seed)
-
-
-def _state(variables, opt_state) -> TrainState:
-  return TrainState(
-    step=jnp.zeros((), jnp.int32),
-    params=variables['params'],
-    router_state=variables['router_state'],
-    opt_state=opt_state,
-  )
+  return params_lib.materialise(declare(model), seed, shardings)
 
 
 def abstract_state(
-  model: deepseek.Transformer, tx: optax.GradientTransformationExtraArgs
+  model: deepseek.Transformer,
+  tx: optax.GradientTransformationExtraArgs,
+  layout: Layout | None = None,
 ) -> TrainState:
-  """The shapes and dtypes of `init_state`."""
+  """The shapes, dtypes and shardings of `init_state`."""
   variables = nn.meta.unbox(declare(model))
   opt_state = jax.eval_shape(tx.init, variables['params'])
-  state = _state(variables, opt_state)
-  return state.replace(step=jax.ShapeDtypeStruct((), jnp.int32))
+  state = TrainState(
+    step=jax.ShapeDtypeStruct((), jnp.int32), opt_state=opt_state, **variables
+  )
+  if layout is None:
+    return state
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    state,
+    layout.state(state),
+  )
 
 
 def init_state(
   model: deepseek.Transformer,
   tx: optax.GradientTransformationExtraArgs,
   seed: int,
+  layout: Layout | None = None,
 ) -> TrainState:
   """The state before the first step."""
-  variables = init_variables(model, seed)
-  # AdamW's state is zeros; to compile that costs more than the zeros.
-  opt_state = jax.tree.map(
-    lambda x: jnp.asarray(np.zeros(x.shape, x.dtype)),
-    jax.eval_shape(tx.init, variables['params']),
-  )
-  return _state(variables, opt_state)
+  like = abstract_state(model, tx, layout)
+  shardings = jax.tree.map(lambda x: x.sharding, like)
+  placed = {'params': shardings.params, 'router_state': shardings.router_state}
+  variables = init_variables(model, seed, placed if layout else None)
+  # All else is zeros; to compile AdamW's `init` costs more than they do.
+  rest = like.replace(params=None, router_state=None)
+  zeros = jax.tree.map(lambda x: params_lib.constant(x, 0, x.sharding), rest)
+  return zeros.replace(**variables)
 
 
 def target_weights(segments: jax.Array, k: int, crosses: bool) -> jax.Array:
@@ -191,8 +203,12 @@ def pretrain_loss(
 def _accumulate(
   loss_fn: Callable[[Any, Batch], Any], params: Any, batch: Batch
 ):
-  """Sums `loss_fn`'s gradients and reports over the leading axis of `batch`."""
-  grad_fn = jax.grad(loss_fn, has_aux=True)
+  """Sums `loss_fn`'s gradients, in float32, and reports over micro-batches."""
+
+  def grad_fn(params, micro_batch):
+    grads, aux = jax.grad(loss_fn, has_aux=True)(params, micro_batch)
+    return jax.tree.map(lambda g: g.astype(jnp.float32), grads), aux
+
   first = jax.tree.map(lambda x: x[0], batch)
   if jax.tree.leaves(batch)[0].shape[0] == 1:
     return grad_fn(params, first)
@@ -203,6 +219,38 @@ def _accumulate(
   shapes = jax.eval_shape(grad_fn, params, first)
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
   return jax.lax.scan(body, zeros, batch)[0]
+
+
+def _make_gradients(model, config, loss_fn, layout):
+  """The function (params, router state, batch, hyper, totals) -> (grads, aux).
+
+  Both are sums over the whole batch, on one device or under a layout.
+  """
+
+  def sums(params, router_state, batch, hyper, totals):
+    def loss_of(params, micro_batch):
+      if layout:
+        params = layout.collect_top(params)
+      return loss_fn(
+        model, config, params, router_state, micro_batch, hyper, totals
+      )
+
+    return _accumulate(loss_of, params, batch)
+
+  if layout is None:
+    return sums
+  model = layout.whole(model)
+
+  def per_device(params, *args):
+    grads, aux = sums(layout.step_copy(params), *args)
+    return layout.reduce(grads), sharding.batch_sum(aux)
+
+  whole, batch = layout_lib.WHOLE, layout.batch_spec
+  return layout.per_device(
+    per_device,
+    in_specs=(layout.stored, whole, batch, whole, whole),
+    out_specs=(layout.stored, whole),
+  )
 
 
 def update_router_state(
@@ -242,11 +290,13 @@ def make_train_step(
   config: Config,
   tx: optax.GradientTransformationExtraArgs,
   loss_fn: Callable[..., Any] = pretrain_loss,
+  layout: Layout | None = None,
 ) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, dict[str, Any]]]:
   """The compiled step `(state, batch, hyper) -> (state, metrics)`.
 
   `state` is donated.  `batch` holds `tokens` and `segments`, int32
-  [A, b, T + 1]: A micro-batches of b sequences.  `metrics` are device scalars:
+  [A, b, T + 1]: A micro-batches of b sequences.  With a layout, `state` and
+  `batch` lie as it says.  `metrics` are device scalars:
   the losses of `loss_fn`, 'grad_norm' before clipping, 'update_norm',
   'param_norm', 'counts' float32 [layers, E], 'dropped', 'bias_min', 'bias_max'
   and 'finite', which is False when the loss or a gradient is not.
@@ -254,15 +304,13 @@ def make_train_step(
   With `train.nonfinite=skip` such a step changes nothing but the step count.
   """
 
+  gradients = _make_gradients(model, config, loss_fn, layout)
+
   def train_step(state, batch, hyper):
     totals = batch_totals(batch, config)
-
-    def loss_of(params, micro_batch):
-      return loss_fn(
-        model, config, params, state.router_state, micro_batch, hyper, totals
-      )
-
-    grads, aux = _accumulate(loss_of, state.params, batch)
+    grads, aux = gradients(
+      state.params, state.router_state, batch, hyper, totals
+    )
     stats = aux.pop('stats')
     updates, opt_state = tx.update(
       grads, state.opt_state, state.params, lr=hyper.lr
@@ -286,4 +334,11 @@ def make_train_step(
       new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
     return new, {**metrics, 'finite': finite}
 
-  return jax.jit(train_step, donate_argnums=0)
+  if layout is None:
+    return jax.jit(train_step, donate_argnums=0)
+  placed = layout.state(abstract_state(model, tx))
+  return jax.jit(
+    train_step,
+    donate_argnums=0,
+    out_shardings=(placed, layout.replicated),
+  )

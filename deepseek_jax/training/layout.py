@@ -1,0 +1,202 @@
+"""Where the arrays of a run lie, and what a step does to bring them together.
+
+A step's losses and gradients are computed device by device (`per_device`).  The
+optimizer works on the stored parts, elementwise, and needs no collective but
+for norms.  What crosses devices, per step:
+
+- ZeRO-1: parameters are collected once in the compute dtype (`step_copy`), and
+  float32 gradients summed into their stored parts (`reduce`).
+- FSDP: each layer's parameters are collected before its forward and its
+  backward pass (`collect_layer`), the gradients summed into parts after it.
+- otherwise gradients are summed once, after the last micro-batch (`reduce`).
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.core
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from deepseek_jax.config import Config
+from deepseek_jax.layers.params import Parameter
+from deepseek_jax.parallel import mesh as mesh_lib
+from deepseek_jax.parallel import rules, sharding
+from deepseek_jax.training.state import TrainState
+
+WHOLE = PartitionSpec()  # On every device.
+_STACKS = ('dense_layers', 'moe_layers', 'mtp')
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """The mesh of a run, and the places of its parameters on it.
+
+  Attributes:
+    mesh: of all devices.
+    stored: `PartitionSpec`s of the parameters; see `rules.Placement`.
+    step: likewise.
+    used: likewise.
+    dtypes: in which a layer computes with each parameter.
+  """
+
+  mesh: jax.sharding.Mesh
+  stored: Any
+  step: Any
+  used: Any
+  dtypes: Any
+
+  @property
+  def replicated(self) -> NamedSharding:
+    """Of what is whole on every device."""
+    return NamedSharding(self.mesh, WHOLE)
+
+  @property
+  def batch_spec(self) -> PartitionSpec:
+    """Of `[A, b, T + 1]`: devices share the sequences of a micro-batch."""
+    return PartitionSpec(None, rules.BATCH, None)
+
+  def params(self) -> Any:
+    """The shardings of the stored parameters."""
+    return jax.tree.map(lambda s: NamedSharding(self.mesh, s), self.stored)
+
+  def state(self, like: TrainState) -> TrainState:
+    """The shardings of a state: moments lie with their parameters."""
+    params, structure = self.params(), jax.tree.structure(like.params)
+
+    def matches(tree):
+      return jax.tree.structure(tree) == structure
+
+    def place(tree):
+      return params if matches(tree) else self.replicated
+
+    return TrainState(
+      step=self.replicated,
+      params=params,
+      router_state=jax.tree.map(lambda _: self.replicated, like.router_state),
+      opt_state=jax.tree.map(place, like.opt_state, is_leaf=matches),
+    )
+
+  def per_device(
+    self, function: Callable[..., Any], in_specs: Any, out_specs: Any
+  ) -> Callable[..., Any]:
+    """`function` on every device's parts; collectives are its own affair."""
+    # The types of check_vma would demand a cast at every loop's zeros.  Without
+    # them a derivative is that of the sum of all devices' results, which is
+    # what adding up shares needs; tests compare each layout with one device.
+    return jax.shard_map(
+      function,
+      mesh=self.mesh,
+      in_specs=in_specs,
+      out_specs=out_specs,
+      check_vma=False,
+    )
+
+  def step_copy(self, params: Any) -> Any:
+    """Per device: stored parts to the compute dtype's parts for a step."""
+
+    def copy(x, dtype, stored, step):
+      return sharding.gather(x.astype(dtype), stored, step)
+
+    return jax.tree.map(copy, params, self.dtypes, self.stored, self.step)
+
+  def reduce(self, gradients: Any) -> Any:
+    """Per device: gradients of `step_copy` to stored parts of their sum."""
+    return jax.tree.map(sharding.reduce, gradients, self.step, self.stored)
+
+  def collect_top(self, params: Any) -> Any:
+    """Per device: a step's parts, whole for all that is not in a stack."""
+    top = {k: v for k, v in params.items() if k not in _STACKS}
+    step, used = ({k: t[k] for k in top} for t in (self.step, self.used))
+    return {**params, **jax.tree.map(sharding.gather, top, step, used)}
+
+  def collect_layer(self, stack: str, variables: Any) -> Any:
+    """Per device: the variables of one layer of a stack, made whole."""
+
+    def gather(x, step, used):
+      step, used = (PartitionSpec(*spec[1:]) for spec in (step, used))
+      return sharding.gather(x, step, used)
+
+    specs = self.step[stack], self.used[stack]
+    params = flax.core.unfreeze(variables['params'])  # As the specs are.
+    params = jax.tree.map(gather, params, *specs)
+    return {**variables, 'params': params}
+
+  def whole(self, model: nn.Module) -> nn.Module:
+    """`model` for use within `per_device`, on a step's parts."""
+    return model.clone(collect=self.collect_layer)
+
+  def share(self, count: int) -> tuple[int, int]:
+    """(index, number) of this process's share of `count` sequences.
+
+    Processes whose devices hold the same sequences have the same index.
+    """
+    placed = NamedSharding(self.mesh, PartitionSpec(rules.BATCH))
+    parts = placed.addressable_devices_indices_map((count,)).values()
+    starts = {part.indices(count)[0] for part in (p[0] for p in parts)}
+    size = count // self._n_batch_shards() * len(starts)
+    assert min(starts) % size == 0, (starts, size)
+    return min(starts) // size, count // size
+
+  def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This process's share `[A, b, T + 1]` to global arrays."""
+    placed = NamedSharding(self.mesh, self.batch_spec)
+
+    def put(x):
+      count = x.shape[1] * self._processes()
+      shape = (x.shape[0], count, *x.shape[2:])
+      return jax.make_array_from_process_local_data(placed, x, shape)
+
+    return jax.tree.map(put, batch)
+
+  def _n_batch_shards(self) -> int:
+    return int(np.prod([self.mesh.shape[axis] for axis in rules.BATCH]))
+
+  def _processes(self) -> int:
+    """Into how many shares processes divide a batch."""
+    return self.share(self._n_batch_shards())[1]
+
+
+def make(
+  declared: Any,
+  config: Config,
+  devices: Sequence[jax.Device] | None = None,
+) -> Layout | None:
+  """The layout that `config.parallel` asks for; None: one device.
+
+  Args:
+    declared: the model's variables; see `step.declare`.
+    config: of the run.
+    devices: all of them; default: those of every process.
+
+  Raises:
+    ValueError: too many or too few devices, or an axis that divides no size.
+  """
+  parallel = config.parallel
+  if parallel.n_devices == 1 and jax.process_count() == 1:
+    return None
+  mesh = mesh_lib.build(parallel, devices)
+  compute = jnp.dtype(config.precision.compute_dtype)
+
+  def place(box):
+    shape = box.value.shape
+    return rules.place(box.names, shape, mesh.shape, parallel.zero1)
+
+  def over(function):
+    return jax.tree.map(
+      function,
+      declared['params'],
+      is_leaf=lambda x: isinstance(x, Parameter),
+    )
+
+  return Layout(
+    mesh,
+    over(lambda box: place(box).stored),
+    over(lambda box: place(box).step),
+    over(lambda box: place(box).used),
+    over(lambda box: jnp.dtype('float32') if box.is_float32 else compute),
+  )
