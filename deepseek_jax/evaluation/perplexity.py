@@ -12,21 +12,25 @@ from deepseek_jax.config import Config
 from deepseek_jax.models import deepseek
 from deepseek_jax.ops import losses
 from deepseek_jax.training import step
+from deepseek_jax.training.layout import Layout
 
 
 def make_eval_step(
-  model: deepseek.Transformer, config: Config
+  model: deepseek.Transformer, config: Config, layout: Layout | None = None
 ) -> Callable[..., dict[str, jax.Array]]:
   """Compiles `(params, router_state, batch, bytes_V) -> sums` of a batch.
 
-  `batch` holds `tokens` and `segments`, int32 [B, T + 1]; `bytes_V` is the
-  number of UTF-8 bytes of each token.  Only targets within the document of
-  their context count, so that the result does not depend on the packing of
-  unrelated documents.  The sums: 'nll' (nats), 'tokens', 'bytes', and per MTP
-  depth 'mtp_{k}_nll', 'mtp_{k}_accepted' and 'mtp_{k}_drafts'.
+  `batch` holds `tokens` and `segments`, int32 [B, T + 1], with a layout this
+  process's share of the B rows; `bytes_V` is the number of UTF-8 bytes of each
+  token.  Only targets within the document of their context count, so that the
+  result does not depend on the packing of unrelated documents.  The sums: 'nll'
+  (nats), 'tokens', 'bytes', and per MTP depth 'mtp_{k}_nll',
+  'mtp_{k}_accepted' and 'mtp_{k}_drafts'.
   """
 
-  @jax.jit
+  if layout:
+    model = layout.whole(model)
+
   def eval_step(params, router_state, batch, bytes_V):
     tokens, segments = batch['tokens'], batch['segments']
     output = model.apply(
@@ -55,7 +59,15 @@ def make_eval_step(
       sums[f'mtp_{k}_drafts'] = weights.sum()
     return sums
 
-  return eval_step
+  if layout is None:
+    return jax.jit(eval_step)
+  batch_sums = jax.jit(layout.batch_sums(eval_step))
+
+  def placed(params, router_state, batch, bytes_V):
+    batch = layout.put_batch(jax.tree.map(lambda x: x[None], batch))
+    return batch_sums(params, router_state, batch, bytes_V)
+
+  return placed
 
 
 def evaluate(

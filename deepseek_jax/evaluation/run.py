@@ -9,6 +9,7 @@ from deepseek_jax import config as config_lib
 from deepseek_jax.data import pipeline
 from deepseek_jax.evaluation import perplexity
 from deepseek_jax.inference import generate
+from deepseek_jax.training import layout as layout_lib
 from deepseek_jax.training import loop
 from deepseek_jax.training import state as state_lib
 
@@ -32,14 +33,23 @@ def train(
 
 
 def make_evaluate(
-  model: Any, config: config_lib.Config, corpus: pipeline.Corpus
+  model: Any,
+  config: config_lib.Config,
+  corpus: pipeline.Corpus,
+  layout: layout_lib.Layout | None = None,
 ) -> Callable[[state_lib.TrainState], dict[str, float]]:
   """Evaluation of a state on `train.eval_batches` batches (0: all) of rows."""
-  eval_step = perplexity.make_eval_step(model, config)
+  eval_step = perplexity.make_eval_step(model, config, layout)
+  size = config.micro_batch_size
+  index, count = layout.share(size) if layout else (0, 1)
 
   def evaluate(state):
     batches = pipeline.validation_batches(
-      corpus, config.micro_batch_size, config.train.eval_batches or None
+      corpus,
+      size,
+      config.train.eval_batches or None,
+      process_index=index,
+      process_count=count,
     )
     return perplexity.evaluate(
       eval_step,
@@ -55,9 +65,10 @@ def make_evaluate(
 def write_samples(
   workdir: pathlib.Path,
   model: Any,
-  state: state_lib.TrainState,
+  variables: dict[str, Any],
   corpus: pipeline.Corpus,
   config: config_lib.Config,
+  step: int,
 ) -> None:
   """Continues the beginnings of validation documents: samples/<step>.txt."""
   tokenizer, rows = corpus.tokenizer, corpus.validation
@@ -65,7 +76,7 @@ def write_samples(
   prompts = [rows.document(i)[:_PROMPT_TOKENS].tolist() for i in range(count)]
   outputs = generate.generate(
     model,
-    {'params': state.params, 'router_state': state.router_state},
+    variables,
     prompts,
     min(_NEW_TOKENS, config.data.seq_len),
     temperature=_TEMPERATURE,
@@ -76,6 +87,6 @@ def write_samples(
     f'=== {tokenizer.decode(prompt)!r}\n{tokenizer.decode(output)}\n'
     for prompt, output in zip(prompts, outputs)
   ]
-  path = workdir / 'samples' / f'{int(state.step)}.txt'
+  path = workdir / 'samples' / f'{step}.txt'
   path.parent.mkdir(exist_ok=True)
   path.write_text('\n'.join(texts), encoding='utf-8')

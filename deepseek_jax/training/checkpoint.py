@@ -10,6 +10,7 @@ back on any sharding.  Nothing is pickled.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import pathlib
@@ -23,6 +24,7 @@ import numpy as np
 from absl import logging
 
 from deepseek_jax import config as config_lib
+from deepseek_jax.training import process
 from deepseek_jax.training import state as state_lib
 
 _ABSENT = '(absent)'
@@ -162,7 +164,8 @@ class Checkpointer:
       'opt_state': ocp.args.StandardRestore(_abstract(like.opt_state)),
     }
     if meta['has_ema']:
-      items['ema'] = ocp.args.StandardRestore()
+      saved = self._manager.item_metadata(step)['ema'].tree
+      items['ema'] = ocp.args.StandardRestore(_average(like, saved))
     read = self._manager.restore(step, args=ocp.args.Composite(**items))
     state = state_lib.TrainState(
       step=jax.device_put(np.int32(meta['step']), _sharding(like.step)),
@@ -172,12 +175,13 @@ class Checkpointer:
     return state, meta['data_state'], read.ema if meta['has_ema'] else None
 
   def _set_aside(self, damaged):
-    for step in damaged:
+    for step in damaged if process.is_first() else ():
       target = self._workdir / 'damaged' / f'{step}_{time.time_ns()}'
       target.parent.mkdir(exist_ok=True)
       (_checkpoints(self._workdir) / str(step)).rename(target)
       logging.warning('moved the damaged checkpoint to %s', target)
     if damaged:
+      process.meet()
       self._manager.reload()
 
   def wait(self) -> None:
@@ -200,7 +204,7 @@ def load_for_inference(
 
   Returns:
     (config, {'params': ..., 'router_state': ...}, step): float32, on the
-    default device.
+    default device, for which the config's `parallel` is set.
 
   Raises:
     ValueError: if there is no checkpoint, none can be read, or none has an EMA.
@@ -220,7 +224,10 @@ def load_for_inference(
     model = _read_as_saved(manager, step, 'model')
     if use_ema:
       model['params'] = _read_as_saved(manager, step, 'ema')
-    return config_lib.from_dict(config_lib.Config, meta['config']), model
+    config = config_lib.from_dict(config_lib.Config, meta['config'])
+    # However many devices trained it, this is one.
+    one = config_lib.ParallelConfig()
+    return dataclasses.replace(config, parallel=one), model
 
   with _manager(workdir, read_only=True) as manager:
     step, (config, model) = _newest_readable(manager, read)
@@ -250,28 +257,35 @@ def _manager(workdir, **options):
 
 def _newest_readable(manager, read):
   """(step, read(step, meta)) of the newest checkpoint on which `read` works."""
-  import orbax.checkpoint as ocp
-
   directory, errors = pathlib.Path(manager.directory), []
   for step in sorted(manager.all_steps(), reverse=True):
-    try:
-      args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-      result = read(step, manager.restore(step, args=args).meta)
-    except ConfigMismatch:
-      raise
-    # Damage shows as any of a dozen types, from JSON, orbax and tensorstore.
-    except Exception as error:
-      line = (str(error).splitlines() or [''])[0][:200]
-      errors.append(f'{directory / str(step)}: {type(error).__name__}: {line}')
-      logging.warning(
-        'cannot read a checkpoint, trying the one before: %s', errors[-1]
-      )
-    else:
+    result, error = _try_to_read(manager, read, step)
+    if process.all_true(error is None):
       return step, result
+    error = error or 'another process cannot read it'
+    errors.append(f'{directory / str(step)}: {error}')
+    logging.warning(
+      'cannot read a checkpoint, trying the one before: %s', errors[-1]
+    )
   raise ValueError(
     f'no readable checkpoint in {directory}; delete or move what is damaged '
     'to start again:\n  ' + '\n  '.join(errors)
   )
+
+
+def _try_to_read(manager, read, step):
+  """(result, None), or (None, what is wrong)."""
+  import orbax.checkpoint as ocp
+
+  try:
+    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+    return read(step, manager.restore(step, args=args).meta), None
+  except ConfigMismatch:
+    raise
+  # Damage shows as any of a dozen types, from JSON, orbax and tensorstore.
+  except Exception as error:
+    line = (str(error).splitlines() or [''])[0][:200]
+    return None, f'{type(error).__name__}: {line}'
 
 
 def _read_as_saved(manager, step, item):
@@ -292,6 +306,20 @@ def _sharding(x):
   if isinstance(sharding, jax.sharding.Sharding):
     return sharding
   return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _average(like, saved):
+  """What the saved average of `like` is read as: see `HostEMA.value`."""
+  if len(_sharding(like.step).device_set) == 1:
+    # Views of one number tell orbax that numpy arrays are wanted.
+    number = np.float32(0)
+    return jax.tree.map(lambda x: np.broadcast_to(number, x.shape), saved)
+
+  def leaf(x):
+    sharding = x.sharding.with_memory_kind('pinned_host')
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  return jax.tree.map(leaf, like.params)
 
 
 def _abstract(tree):

@@ -20,6 +20,8 @@ _BLOCK = 1 << 15
 class HostEMA:
   """`ema = decay * ema + (1 - decay) * params`, float32, one step behind.
 
+  Of parameters that devices share, a process averages its own devices' parts.
+
   It starts at the initial parameters, so there is no bias to correct.  Updates
   are applied in the order of the calls, whatever the timing: the value is a
   function of the parameters alone.
@@ -36,9 +38,7 @@ class HostEMA:
     """
     self._decay = decay
     self._max_pending = max_pending
-    self._ema = jax.tree.map(
-      lambda x: np.array(x, np.float32, order='C'), params
-    )
+    self._ema = jax.tree.map(_Average, params)
     self._pending = collections.deque()
     self._worker = futures.ThreadPoolExecutor(1, 'ema')
 
@@ -64,9 +64,13 @@ class HostEMA:
       self._finish_oldest()
 
   def value(self) -> Any:
-    """The average after every scheduled update: a copy, float32 numpy."""
+    """The average after every scheduled update: a copy, float32.
+
+    In numpy, or, where devices share the parameters, arrays in host memory that
+    are shared likewise.
+    """
     self.wait()
-    return jax.tree.map(np.copy, self._ema)
+    return jax.tree.map(_Average.copy, self._ema)
 
   def close(self) -> None:
     """Ends the worker thread, after the updates that it has begun."""
@@ -79,7 +83,45 @@ class HostEMA:
 
   def _fold(self, params):
     for ema, new in zip(jax.tree.leaves(self._ema), jax.tree.leaves(params)):
-      _fold_array(ema.reshape(-1), np.asarray(new).reshape(-1), self._decay)
+      for index, part in _parts(new).items():
+        own = ema.parts[index].reshape(-1)
+        _fold_array(own, part.reshape(-1), self._decay)
+
+
+class _Average:
+  """One array's average, in this process's parts."""
+
+  def __init__(self, x: Any):
+    self.parts = {
+      index: np.array(part, np.float32, order='C')
+      for index, part in _parts(x).items()
+    }
+    self._shape = x.shape
+    self._shared = _host_sharding(x) if _is_shared(x) else None
+
+  def copy(self) -> Any:
+    if self._shared is None:
+      return self.parts[()].copy()
+    return jax.make_array_from_callback(
+      self._shape, self._shared, lambda index: self.parts[_key(index)].copy()
+    )
+
+
+def _is_shared(x: Any) -> bool:
+  return isinstance(x, jax.Array) and len(x.sharding.device_set) > 1
+
+
+def _parts(x: Any) -> dict[tuple[Any, ...], np.ndarray]:
+  """The different parts of `x` that this process has; () is the whole."""
+  if not _is_shared(x):
+    return {(): np.asarray(x)}
+  shards = {_key(shard.index): shard.data for shard in x.addressable_shards}
+  return {key: np.asarray(data) for key, data in shards.items()}
+
+
+def _key(index: tuple[slice, ...]) -> tuple[Any, ...]:
+  """An index that can be hashed; slices cannot in Python 3.11."""
+  return tuple((part.start, part.stop) for part in index)
 
 
 def _host_sharding(x: jax.Array) -> jax.sharding.Sharding:

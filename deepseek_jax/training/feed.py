@@ -7,6 +7,7 @@ from absl import logging
 
 from deepseek_jax import config as config_lib
 from deepseek_jax.data import pipeline
+from deepseek_jax.training import layout as layout_lib
 
 
 class Feed:
@@ -17,14 +18,19 @@ class Feed:
     corpus: pipeline.Corpus,
     config: config_lib.Config,
     position: dict[str, Any] | None = None,
+    layout: layout_lib.Layout | None = None,
   ):
     """Opens the training rows, where `position` of an earlier feed says.
 
-    Another micro-batch size goes on at the same row.  Other rows (a changed
-    corpus, length, FIM rate or seed) begin at their own first, with a warning.
+    Of each micro-batch this draws what the process's own devices work on.
+    Another micro-batch size or number of processes goes on at the same row.
+    Other rows (a changed corpus, length, FIM rate or seed) begin at their own
+    first, with a warning.
     """
     data = config.data
     self._micro = config.micro_batch_size
+    self._layout = layout
+    index, self._shares = layout.share(self._micro) if layout else (0, 1)
     self._rows = {
       'corpus': corpus.fingerprint,
       'seq_len': data.seq_len,
@@ -32,7 +38,13 @@ class Feed:
       'seed': data.seed,
     }
     self._drawn = 0  # Rows.
-    self._iterator = pipeline.train_iterator(corpus, data, self._micro)
+    self._iterator = pipeline.train_iterator(
+      corpus,
+      data,
+      self._micro,
+      process_index=index,
+      process_count=self._shares,
+    )
     if position is not None:
       self._go_to(position)
 
@@ -43,11 +55,14 @@ class Feed:
       'rows': self._rows,
       'drawn': self._drawn,
       'micro_batch_size': self._micro,
+      'shares': self._shares,
       'iterator': self._iterator.get_state(),
     }
 
-  def draw(self, batch_size: int) -> dict[str, np.ndarray]:
+  def draw(self, batch_size: int) -> dict[str, Any]:
     """The next batch: 'tokens' and 'segments', int32 [A, b, T + 1].
+
+    In numpy, or, with a layout, on its devices.
 
     Args:
       batch_size: A b sequences, where b is the micro-batch size.
@@ -55,16 +70,18 @@ class Feed:
     n = batch_size // self._micro
     parts = [next(self._iterator) for _ in range(n)]
     self._drawn += batch_size
-    return {key: np.stack([part[key] for part in parts]) for key in parts[0]}
+    batch = {key: np.stack([part[key] for part in parts]) for key in parts[0]}
+    return self._layout.put_batch(batch) if self._layout else batch
 
   def _go_to(self, position):
+    cut = position['micro_batch_size'], position.get('shares', 1)
     changed = [k for k, v in self._rows.items() if position['rows'][k] != v]
     if changed:
       logging.warning(
         'data: %s changed since the checkpoint; starting at the first row',
         ', '.join(changed),
       )
-    elif position['micro_batch_size'] == self._micro:
+    elif cut == (self._micro, self._shares):
       self._iterator.set_state(position['iterator'])
       self._drawn = position['drawn']
     else:

@@ -130,6 +130,21 @@ class Layout:
     """`model` for use within `per_device`, on a step's parts."""
     return model.clone(collect=self.collect_layer)
 
+  def batch_sums(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function(params, router_state, batch, rest)`, summed over all devices.
+
+    Each calls it with whole parameters (but for experts), its own sequences of
+    a `batch` `[1, b, T + 1]`, as `[b', T + 1]`, and `rest` as it is.
+    """
+
+    def per_device(params, router_state, batch, rest):
+      params = self.collect_top(self.step_copy(params))
+      own = jax.tree.map(lambda x: x[0], batch)
+      return sharding.batch_sum(function(params, router_state, own, rest))
+
+    specs = self.stored, WHOLE, self.batch_spec, WHOLE
+    return self.per_device(per_device, specs, WHOLE)
+
   def share(self, count: int) -> tuple[int, int]:
     """(index, number) of this process's share of `count` sequences.
 
@@ -153,6 +168,14 @@ class Layout:
 
     return jax.tree.map(put, batch)
 
+  def on_one_device(self, tree: Any) -> Any:
+    """A copy of stored arrays, whole, on this process's first device.
+
+    Every process must call it.  For inference, of what fits there.
+    """
+    whole = jax.jit(lambda x: x, out_shardings=self.replicated)
+    return jax.tree.map(lambda x: whole(x).addressable_data(0), tree)
+
   def _n_batch_shards(self) -> int:
     return int(np.prod([self.mesh.shape[axis] for axis in rules.BATCH]))
 
@@ -174,11 +197,18 @@ def make(
     devices: all of them; default: those of every process.
 
   Raises:
-    ValueError: too many or too few devices, or an axis that divides no size.
+    ValueError: too many or too few devices, an axis that divides no size, or
+      one that nothing here makes use of yet.
   """
   parallel = config.parallel
   if parallel.n_devices == 1 and jax.process_count() == 1:
     return None
+  for axis in ('node', 'expert', 'stage'):
+    if getattr(parallel, axis) > 1:
+      raise ValueError(
+        f'parallel.{axis}={getattr(parallel, axis)}: the train step cannot '
+        'divide this axis yet; use 1'
+      )
   mesh = mesh_lib.build(parallel, devices)
   compute = jnp.dtype(config.precision.compute_dtype)
 

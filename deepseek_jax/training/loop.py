@@ -17,6 +17,7 @@ from deepseek_jax.data import pipeline
 from deepseek_jax.data import tokenizer as tokenizer_lib
 from deepseek_jax.training import (
   checkpoint,
+  holdings,
   optimizer,
   plots,
   process,
@@ -25,16 +26,17 @@ from deepseek_jax.training import (
 )
 from deepseek_jax.training import ema as ema_lib
 from deepseek_jax.training import feed as feed_lib
+from deepseek_jax.training import layout as layout_lib
 from deepseek_jax.training import state as state_lib
 from deepseek_jax.training import step as step_lib
 from deepseek_jax.training.step_log import say
 
-# (model, config, corpus) -> (state -> named results).
+# (model, config, corpus, layout) -> (state -> named results).
 MakeEvaluate = Callable[
-  [Any, config_lib.Config, pipeline.Corpus],
+  [Any, config_lib.Config, pipeline.Corpus, layout_lib.Layout | None],
   Callable[[state_lib.TrainState], dict[str, float]],
 ]
-# (workdir, model, state, corpus, config): writes workdir/samples.
+# (workdir, model, variables, corpus, config, step): writes workdir/samples.
 WriteSamples = Callable[..., None]
 
 
@@ -66,25 +68,30 @@ def train(
     SystemExit: 128 + signal, after SIGTERM or SIGINT and a checkpoint.
   """
   started, workdir = time.perf_counter(), pathlib.Path(workdir).expanduser()
+  process.join(config.parallel)
   process.prepare(config)
-  with contextlib.ExitStack() as stack:
-    stack.enter_context(checkpoint.lock(workdir))
-    _announce(config, workdir, base)
+  with process.together(), contextlib.ExitStack() as stack:
+    model = step_lib.build_model(config)
+    layout = step_lib.make_layout(model, config)
+    if process.is_first():
+      stack.enter_context(checkpoint.lock(workdir))
+    process.meet()  # With the lock, or not at all.
+    _announce(config, workdir, base, model, layout)
     saver = stack.enter_context(checkpoint.Checkpointer(workdir, config))
     corpus = pipeline.load(config.data, config.model.vocab_size)
     _keep_tokenizer(workdir, corpus.tokenizer)
     schedule = schedules.Schedule(config)
-    model = step_lib.build_model(config)
     tx = optimizer.adamw(config.optim, config.precision)
-    state, position, ema = _init_or_restore(model, tx, config, saver)
+    state, position, ema = _init_or_restore(model, tx, config, saver, layout)
     _write_config(workdir, config)
-    feed = feed_lib.Feed(corpus, config, position)
-    train_step = step_lib.make_train_step(model, config, tx)
-    evaluate = make_evaluate(model, config, corpus)
+    feed = feed_lib.Feed(corpus, config, position, layout)
+    train_step = step_lib.make_train_step(model, config, tx, layout=layout)
+    evaluate = make_evaluate(model, config, corpus, layout)
     if ema:
       stack.callback(ema.close)
     log = step_log.StepLog(workdir, config, state, schedule, started)
-    done, last, stop = int(state.step), config.train.steps, None
+    agree = process.Agreement(layout and layout.mesh)
+    done, last, stop = int(state.step), config.train.steps, 0
     with log, _Interrupt() as interrupt:
       while done < last and not stop:
         # Nothing here waits for the step that it starts: the host reads the
@@ -98,17 +105,20 @@ def train(
         if done % config.train.eval_every == 0 or done == last:
           with log.pause():
             log.extend(evaluate(state))
-        stop = interrupt.received
+        stop = agree(interrupt.received)
         if done % config.train.save_every == 0 or done == last or stop:
           log.flush()  # Raises on what is not finite: that is never saved.
           with log.pause():
             saver.save(state, feed.position, ema and ema.value())
       saver.wait()
     if stop:
-      say(f'{stop.name}: step {done} is saved; the same command goes on there')
+      name = signal.Signals(stop).name
+      say(f'{name}: step {done} is saved; the same command goes on there')
       raise SystemExit(128 + stop)
-    write_samples(workdir, model, state, corpus, config)
-    plots.draw(workdir)
+    variables = _on_one_device(state, layout)
+    if process.is_first():
+      write_samples(workdir, model, variables, corpus, config, done)
+      plots.draw(workdir)
     _say_goodbye(workdir, done)
 
 
@@ -116,19 +126,20 @@ class _Interrupt(contextlib.AbstractContextManager):
   """Notes SIGTERM and SIGINT; a second one acts as if this were not here.
 
   Attributes:
-    received: the signal, or None.
+    received: the signal's number, or 0.
   """
 
   def __init__(self):
-    self.received: signal.Signals | None = None
+    self.received = 0
     self._before = {}
     if threading.current_thread() is threading.main_thread():
       for number in (signal.SIGTERM, signal.SIGINT):
         self._before[number] = signal.signal(number, self._note)
 
   def _note(self, number, _):
-    self.received = signal.Signals(number)
-    say(f'{self.received.name}: saving after this step; again to quit at once')
+    self.received = number
+    name = signal.Signals(number).name
+    say(f'{name}: saving after this step; again to quit at once')
     self._restore()
 
   def _restore(self):
@@ -139,7 +150,7 @@ class _Interrupt(contextlib.AbstractContextManager):
     self._restore()
 
 
-def _announce(config, workdir, base):
+def _announce(config, workdir, base, model, layout):
   """The resolved config and what differs from the preset, before all else."""
   leaves = [f'{k}={v!r}' for k, v in config_lib.leaves(config).items()]
   say(textwrap.fill('  '.join(leaves), 80, break_on_hyphens=False))
@@ -148,15 +159,25 @@ def _announce(config, workdir, base):
     say(f'changed from the preset: {name}: {old!r} -> {new!r}')
   devices = jax.devices()
   say(f'{workdir}: {len(devices)} x {devices[0].device_kind}')
+  if layout:
+    say(holdings.table(step_lib.declare(model), config, layout))
+  elif len(devices) > 1:
+    say(f'one device is used; --parallel.data={len(devices)} uses all')
 
 
-def _init_or_restore(model, tx, config, saver):
+def _on_one_device(state, layout):
+  """The model, for generation on this process's first device."""
+  variables = {'params': state.params, 'router_state': state.router_state}
+  return variables if layout is None else layout.on_one_device(variables)
+
+
+def _init_or_restore(model, tx, config, saver, layout):
   """(state, position in the data or None, EMA or None)."""
   position = average = None
   if saver.latest_step() is None:
-    state = step_lib.init_state(model, tx, config.train.seed)
+    state = step_lib.init_state(model, tx, config.train.seed, layout)
   else:
-    like = step_lib.abstract_state(model, tx)
+    like = step_lib.abstract_state(model, tx, layout)
     state, position, average = saver.restore(like)
     say(f'resuming after step {int(state.step)}')
   n = sum(x.size for x in jax.tree.leaves(state.params))
@@ -174,6 +195,8 @@ def _keep_tokenizer(workdir, tokenizer):
   instance, is another text.
   """
   path = workdir / 'tokenizer.json'
+  if not process.is_first():
+    return
   if not path.exists():
     partial = workdir / '.tokenizer.json'
     tokenizer.save(partial)
@@ -186,6 +209,8 @@ def _keep_tokenizer(workdir, tokenizer):
 
 
 def _write_config(workdir, config):
+  if not process.is_first():
+    return
   partial = workdir / '.config.json'  # Renamed: never half a file.
   partial.write_text(config_lib.to_json(config))
   partial.replace(workdir / 'config.json')

@@ -1,11 +1,24 @@
-"""What a process that compiles and trains sets once, before its first step."""
+"""What a process sets before its first step, and how several run together."""
 
+import contextlib
 import ctypes
+import os
 import pathlib
+import sys
+import traceback
+from collections.abc import Iterator
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax import config as config_lib
+
+# A process that is not heard of for so long is lost, and the others end.
+_HEARTBEAT_SECONDS = 20
+# The first process writes samples and plots while the others wait to leave.
+_SHUTDOWN_SECONDS = 3600
 
 # Parameters of mallopt(3): its number, and the value that keeps memory.
 _KEEP = {
@@ -13,6 +26,117 @@ _KEEP = {
   'M_TRIM_THRESHOLD': (-1, -1),  # which never shrinks,
   'M_ARENA_MAX': (-8, 1),  # and which all threads share.
 }
+
+
+def join(config: config_lib.ParallelConfig) -> None:
+  """Starts this process's devices and finds the other processes.
+
+  Raises:
+    ValueError: JAX has started with other devices, or a process cannot be told
+      from the others.
+  """
+  if config.cpu_devices:
+    _use_cpu_devices(config.cpu_devices)
+  if config.num_processes == 1 or jax.distributed.is_initialized():
+    return
+  try:
+    jax.distributed.initialize(
+      config.coordinator or None,
+      config.num_processes or None,
+      config.process_id if config.process_id >= 0 else None,
+      heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+      shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+    )
+  except (ValueError, TypeError) as error:
+    raise ValueError(
+      f'parallel.num_processes={config.num_processes}: {error} Give '
+      '--parallel.coordinator=host:port and --parallel.process_id, or start '
+      'with srun, mpirun or python -m experiments.launch'
+    ) from error
+
+
+def _use_cpu_devices(count):
+  try:
+    jax.config.update('jax_num_cpu_devices', count)
+    jax.config.update('jax_platforms', 'cpu')
+  except RuntimeError:  # JAX has started.
+    present = len(jax.local_devices())
+    if present != count:
+      raise ValueError(
+        f'parallel.cpu_devices={count}: JAX has started with {present} '
+        'devices; start a new process'
+      ) from None
+
+
+def is_first() -> bool:
+  """Whether this process is the one that talks and writes."""
+  return jax.process_index() == 0
+
+
+def all_true(value: bool) -> bool:
+  """Whether `value` is true in every process; waits for all of them."""
+  if jax.process_count() == 1:
+    return value
+  return bool(multihost_utils.process_allgather(np.bool_(value)).all())
+
+
+def meet() -> None:
+  """Returns when every process has come here."""
+  all_true(True)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """Ends this process at once if the body fails, so that no other waits for it.
+
+  The ordinary end of a process waits for all the others, which wait in a
+  collective for this one.  Alone, a process just raises.
+  """
+  try:
+    yield
+  except Exception as error:
+    if jax.process_count() == 1:
+      raise
+    who = f'process {jax.process_index()} of {jax.process_count()}'
+    if isinstance(error, jax.errors.JaxRuntimeError):
+      text = (
+        f'{who} lost another one, whose own last lines say why.  All end; the '
+        f'same command goes on from the newest checkpoint.\n{error}'
+      )
+    elif isinstance(error, (ValueError, FloatingPointError)):
+      text = f'{who}: {error}'
+    else:
+      text = f'{who}:\n{traceback.format_exc()}'
+    print(f'ERROR: {text}', file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
+
+
+class Agreement:
+  """A request, such as to stop, that all processes obey at the same step."""
+
+  def __init__(self, mesh: jax.sharding.Mesh | None):
+    """`mesh`: of all processes; None: there is only this one."""
+    self._asked = None  # The answer to come.
+    self._mesh = mesh if jax.process_count() > 1 else None
+    if self._mesh is not None:
+      whole = NamedSharding(mesh, PartitionSpec())
+      self._any = jax.jit(lambda x: x.max(), out_shardings=whole)
+
+  def __call__(self, wish: int) -> int:
+    """The greatest wish of any process at the call before; alone, this one.
+
+    Waits for no more than the step before: the answer to this call is computed
+    after the step that is under way.
+    """
+    if self._mesh is None:
+      return wish
+    answer = 0 if self._asked is None else int(self._asked)
+    parts = NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))
+    local = np.full(len(jax.local_devices()), wish, np.int32)
+    wishes = jax.make_array_from_process_local_data(parts, local)
+    self._asked = self._any(wishes)
+    return answer
 
 
 def prepare(config: config_lib.Config) -> None:

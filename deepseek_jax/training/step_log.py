@@ -12,7 +12,13 @@ from absl import logging
 
 from deepseek_jax import config as config_lib
 from deepseek_jax.planner import flops
-from deepseek_jax.training import metrics, progress, schedules, throughput
+from deepseek_jax.training import (
+  metrics,
+  process,
+  progress,
+  schedules,
+  throughput,
+)
 from deepseek_jax.training import state as state_lib
 
 
@@ -48,11 +54,15 @@ class StepLog(contextlib.AbstractContextManager):
     self._clock = throughput.Clock()
     self._peak = throughput.peak_flops(jax.local_devices()[0])
     self._flops = flops.train_per_token(config.model, config.data.seq_len)
+    self._n_devices = config.parallel.n_devices
+    self._writer = self._bar = None  # But in the first process.
     with contextlib.ExitStack() as stack:
-      self._writer = stack.enter_context(metrics.Writer(workdir, self._first))
-      total = max(self._first, config.train.steps)
-      bar = progress.Progress(self._first, total)
-      self._bar = stack.enter_context(bar)
+      if process.is_first():
+        writer = metrics.Writer(workdir, self._first)
+        self._writer = stack.enter_context(writer)
+        total = max(self._first, config.train.steps)
+        bar = progress.Progress(self._first, total)
+        self._bar = stack.enter_context(bar)
       self._files = stack.pop_all()
 
   def __exit__(self, *_):
@@ -92,10 +102,11 @@ class StepLog(contextlib.AbstractContextManager):
       self._clock.lap(step, self._schedule.tokens_before(step + 1))
     if not finite:
       self._report_nonfinite(step, row)
-    self._bar.advance()
+    if self._bar:
+      self._bar.advance()
     done, every = step + 1, self._config.log_every
     due = done % every == 0 or step == 0 or done == self._config.steps
-    if due or 'val_loss' in row:
+    if self._writer and (due or 'val_loss' in row):
       self._write(step, jax.device_get(row))
 
   def _write(self, step, row):
@@ -107,7 +118,8 @@ class StepLog(contextlib.AbstractContextManager):
       record['max_vio'] = metrics.max_vio(counts_LE)
     record |= self._clock.lap(step, tokens)
     if self._peak and 'tokens_per_second' in record:
-      record['mfu'] = self._flops * record['tokens_per_second'] / self._peak
+      peak = self._peak * self._n_devices
+      record['mfu'] = self._flops * record['tokens_per_second'] / peak
     self._writer.write(step, record)
     self._written = step
     self._bar.show(record)
@@ -128,4 +140,5 @@ class StepLog(contextlib.AbstractContextManager):
 
 def say(text: str) -> None:
   """Tells the person at the terminal; stdout is left to results."""
-  print(text, file=sys.stderr, flush=True)
+  if process.is_first():
+    print(text, file=sys.stderr, flush=True)
