@@ -83,40 +83,44 @@ class HostEMA:
 
   def _fold(self, params):
     for ema, new in zip(jax.tree.leaves(self._ema), jax.tree.leaves(params)):
-      for index, part in _parts(new).items():
-        own = ema.parts[index].reshape(-1)
-        _fold_array(own, part.reshape(-1), self._decay)
+      ema.fold(new, self._decay)
 
 
 class _Average:
-  """One array's average, in this process's parts."""
+  """One array's average: whole, or this process's parts if it is shared."""
 
   def __init__(self, x: Any):
-    self.parts = {
-      index: np.array(part, np.float32, order='C')
-      for index, part in _parts(x).items()
-    }
     self._shape = x.shape
-    self._shared = _host_sharding(x) if _is_shared(x) else None
+    self._sharding = _host_sharding(x) if _is_shared(x) else None
+    self._parts = {
+      key: np.array(part, np.float32, order='C')
+      for key, part in self._cut(x).items()
+    }
+
+  def fold(self, new: Any, decay: float) -> None:
+    for key, part in self._cut(new).items():
+      own = self._parts[key].reshape(-1)
+      _fold_array(own, part.reshape(-1), decay)
 
   def copy(self) -> Any:
-    if self._shared is None:
-      return self.parts[()].copy()
+    if self._sharding is None:
+      return self._parts[()].copy()
     return jax.make_array_from_callback(
-      self._shape, self._shared, lambda index: self.parts[_key(index)].copy()
+      self._shape,
+      self._sharding,
+      lambda index: self._parts[_key(index)].copy(),
     )
+
+  def _cut(self, x):
+    """The different parts of `x` that this process has; () is the whole."""
+    if self._sharding is None:
+      return {(): np.asarray(x)}
+    shards = {_key(shard.index): shard.data for shard in x.addressable_shards}
+    return {key: np.asarray(data) for key, data in shards.items()}
 
 
 def _is_shared(x: Any) -> bool:
   return isinstance(x, jax.Array) and len(x.sharding.device_set) > 1
-
-
-def _parts(x: Any) -> dict[tuple[Any, ...], np.ndarray]:
-  """The different parts of `x` that this process has; () is the whole."""
-  if not _is_shared(x):
-    return {(): np.asarray(x)}
-  shards = {_key(shard.index): shard.data for shard in x.addressable_shards}
-  return {key: np.asarray(data) for key, data in shards.items()}
 
 
 def _key(index: tuple[slice, ...]) -> tuple[Any, ...]:
