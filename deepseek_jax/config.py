@@ -462,6 +462,7 @@ class ParallelConfig:
   node: int = 1  # Nodes that divide the experts ...
   expert: int = 1  # ... and devices of a node that divide the node's.
   stage: int = 1  # Pipeline stages.
+  expert_buffer: float = 2.0  # Room for received rows, in means; 0: for all.
   zero1: bool = False  # Divide FP32 weights and moments over all copies.
   cpu_devices: int = 0  # Above 0: try the layout on as many CPU devices.
   num_processes: int = 1  # 0: as SLURM, Open MPI or Kubernetes says.
@@ -472,7 +473,7 @@ class ParallelConfig:
     p = 'parallel.'
     for name in ('data', 'fsdp', 'node', 'expert', 'stage'):
       _at_least(p + name, getattr(self, name), 1)
-    for name in ('cpu_devices', 'num_processes'):
+    for name in ('cpu_devices', 'num_processes', 'expert_buffer'):
       _at_least(p + name, getattr(self, name), 0)
     _at_least(p + 'process_id', self.process_id, -1)
     _require(

@@ -5,7 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from deepseek_jax.config import ModelConfig, PrecisionConfig
+from deepseek_jax.config import ModelConfig, ParallelConfig, PrecisionConfig
 from deepseek_jax.layers import params
 from deepseek_jax.layers.gqa import GQA
 from deepseek_jax.layers.mla import MLA
@@ -24,6 +24,7 @@ class Block(nn.Module):
   config: ModelConfig
   is_moe: bool
   precision: PrecisionConfig = PrecisionConfig()
+  parallel: ParallelConfig = ParallelConfig()
 
   @nn.compact
   def __call__(
@@ -62,7 +63,7 @@ class Block(nn.Module):
     scale = params.norm_scale(self, 'ffn_norm', c.dim)
     hidden_BTD = norms.rms_norm(x_BTD, scale, c.norm_eps)
     if self.is_moe:
-      ffn = MoE(c, precision, name='ffn')
+      ffn = MoE(c, precision, self.parallel, name='ffn')
       out_BTD, stats = ffn(hidden_BTD, mask_BT, decodes)
     else:
       ffn = MLP(c.inter_dim, c.init_std, precision, name='ffn')

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.config import ModelConfig, PrecisionConfig
+from deepseek_jax.config import ModelConfig, ParallelConfig, PrecisionConfig
 from deepseek_jax.layers import params
 from deepseek_jax.layers.mlp import MLP
 from deepseek_jax.ops import expert_decode, experts, losses, routing
-from deepseek_jax.parallel import sharding
+from deepseek_jax.parallel import expert, sharding
 
 
 class MoEStats(NamedTuple):
@@ -38,6 +38,7 @@ class MoE(nn.Module):
 
   config: ModelConfig
   precision: PrecisionConfig = PrecisionConfig()
+  parallel: ParallelConfig = ParallelConfig()
 
   @nn.compact
   def __call__(
@@ -60,12 +61,13 @@ class MoE(nn.Module):
       dropped = jnp.sum(lost * mask_BT[..., None], dtype=jnp.float32)
       route = kept
     B, T, D = x_BTD.shape
-    ffn = expert_decode.expert_ffn if decodes else experts.expert_ffn
-    y_TD = ffn(
+    y_TD = expert.routed_ffn(
       x_BTD.reshape(B * T, D),
       *self._expert_weights(x_BTD),
       route.expert_ids_TK.reshape(B * T, -1),
       route.weights_TK.reshape(B * T, -1),
+      expert_decode.expert_ffn if decodes else experts.expert_ffn,
+      expert.Exchange.of(moe, self.precision, self.parallel),
     )
     y_BTD = y_TD.reshape(x_BTD.shape)
     if moe.n_shared_experts:

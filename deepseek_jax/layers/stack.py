@@ -19,6 +19,7 @@ _SELECTIVE = (
   'attn_lse',
   'wo',
   'routing',
+  'dispatched',
   'ffn_up',
 )
 

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.config import ModelConfig, PrecisionConfig
+from deepseek_jax.config import ModelConfig, ParallelConfig, PrecisionConfig
 from deepseek_jax.layers import params, stack
 from deepseek_jax.layers.block import Block
 from deepseek_jax.models.mtp import MTP
@@ -40,6 +40,7 @@ class Transformer(nn.Module):
   Attributes:
     config: the architecture.
     precision: number formats; float32 by default.
+    parallel: how experts are shared, where a mesh is ambient.
     mask_documents: attention stays within a segment.
     remat: recomputation policy; see `stack.apply_stacked`.
     scan_layers: loop over layers in the compiled program.
@@ -49,6 +50,7 @@ class Transformer(nn.Module):
 
   config: ModelConfig
   precision: PrecisionConfig = PrecisionConfig(compute_dtype='float32')
+  parallel: ParallelConfig = ParallelConfig()
   mask_documents: bool = False
   remat: str = 'none'
   scan_layers: bool = True
@@ -75,12 +77,12 @@ class Transformer(nn.Module):
     }
 
   def _layers(self) -> dict[str, tuple[nn.Module, int]]:
-    c, p = self.config, self.precision
+    c, how = self.config, (self.precision, self.parallel)
     # parent=None: these are applied to slices of the stacked parameters.
     return {
-      'dense_layers': (Block(c, False, p, parent=None), c.n_first_dense),
-      'moe_layers': (Block(c, True, p, parent=None), c.n_moe_layers),
-      'mtp': (MTP(c, p, parent=None), c.n_mtp_layers),
+      'dense_layers': (Block(c, False, *how, parent=None), c.n_first_dense),
+      'moe_layers': (Block(c, True, *how, parent=None), c.n_moe_layers),
+      'mtp': (MTP(c, *how, parent=None), c.n_mtp_layers),
     }
 
   def _declare(self, name: str, layer: nn.Module, count: int) -> Any:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.config import ModelConfig, PrecisionConfig
+from deepseek_jax.config import ModelConfig, ParallelConfig, PrecisionConfig
 from deepseek_jax.layers import params
 from deepseek_jax.layers.block import Block
 from deepseek_jax.layers.moe import MoEStats
@@ -27,6 +27,7 @@ class MTP(nn.Module):
 
   config: ModelConfig
   precision: PrecisionConfig = PrecisionConfig()
+  parallel: ParallelConfig = ParallelConfig()
 
   @nn.compact
   def __call__(
@@ -68,7 +69,7 @@ class MTP(nn.Module):
     init = params.normal(c.init_std, 'dim', None)
     eh_proj = self.param('eh_proj', init, (2 * c.dim, c.dim), jnp.float32)
     is_moe = c.moe.n_routed_experts > 0
-    block = Block(c, is_moe, self.precision, name='block')
+    block = Block(c, is_moe, self.precision, self.parallel, name='block')
     x_BTD = checkpoint_name(both @ eh_proj.astype(both.dtype), 'eh_proj')
     x_BTD, *rest = block(
       x_BTD, positions_BT, segments_BT, mask_BT, cache, prefill

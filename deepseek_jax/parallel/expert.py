@@ -25,7 +25,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.ops import experts, quantize
+from deepseek_jax.config import MoEConfig, ParallelConfig, PrecisionConfig
+from deepseek_jax.ops import experts, fp8_recipe
+from deepseek_jax.ops.fp8_recipe import Kept
 from deepseek_jax.parallel import rules
 
 # As `experts.expert_ffn`.
@@ -39,16 +41,30 @@ class Exchange:
   Attributes:
     buffer: room for received rows, as a multiple of their mean number; rows
       beyond it go in further rounds.  0: room for the worst case, one round.
-    fp8: dispatch, forward and backward, in E4M3 with power-of-two scales;
-      otherwise, and when combining, in the dtype of the tokens.
+    kept: how tokens, and gradients on the way back, are quantised when they are
+      dispatched.  None, and when combining: in the dtype they have.
     max_nodes: that a token's experts lie on; 0: as many as it has experts.
     two_hop: over `node`, then over `expert`, where there are several nodes.
   """
 
   buffer: float = 0.0
-  fp8: bool = False
+  kept: Kept | None = None
   max_nodes: int = 0
   two_hop: bool = True
+
+  @classmethod
+  def of(
+    cls, moe: MoEConfig, precision: PrecisionConfig, parallel: ParallelConfig
+  ) -> 'Exchange':
+    """That of a model's layers, on the ambient mesh."""
+    nodes, groups = _axis_size('node'), moe.n_expert_groups
+    max_nodes = 0
+    if groups % nodes == 0 or nodes % groups == 0:
+      # A node owns whole groups, or a group's experts lie on several.
+      max_nodes = moe.n_limited_groups * max(1, nodes // groups)
+    fp8 = precision.fp8
+    kept = fp8_recipe.of(fp8).dispatch if fp8.enabled else None
+    return cls(parallel.expert_buffer, kept, max_nodes)
 
 
 @functools.partial(
@@ -201,8 +217,11 @@ def route(
     hops.append(hop)
   W = lax.axis_size(last)
   worst = ids.shape[0] * min(K, n_experts // W)
-  room = math.ceil(exchange.buffer * T * K / W) or worst
-  hops.append(plan(ids, n_experts // W, last, pair_rows=min(room, worst)))
+  room = worst
+  if exchange.buffer:
+    # At least for one token's choices.
+    room = min(worst, max(math.ceil(exchange.buffer * T * K / W), K))
+  hops.append(plan(ids, n_experts // W, last, pair_rows=room))
   return tuple(hops)
 
 
@@ -326,16 +345,16 @@ def pull(rows_RD: jax.Array, hop: Hop, index: Any) -> jax.Array:
   return total.astype(rows_RD.dtype)
 
 
-def _out(x_TD: jax.Array, hops: Route, index: Any, fp8: bool) -> jax.Array:
+def _out(x_TD: jax.Array, hops: Route, index: Any, kept: Any) -> jax.Array:
   """Rows to their experts, quantised once for all hops."""
   x = x_TD
-  if fp8:
-    x = quantize.quantize(x, quantize.ROW_TILE, scale='ceil')
+  if kept:
+    x = kept.quantize(x)
   for hop in hops[:-1]:
     x = push(x, hop, 0)
   x = push(x, hops[-1], index)
   x = jax.tree.map(lambda v: checkpoint_name(v, 'dispatched'), x)
-  return x.dequantize(x_TD.dtype) if fp8 else x
+  return x.dequantize(x_TD.dtype) if kept else x
 
 
 def _back(rows_RD: jax.Array, hops: Route, index: Any) -> jax.Array:
@@ -351,7 +370,7 @@ def dispatch(
   weights_TK: jax.Array,
   hops: Route,
   index: Any,
-  fp8: bool,
+  kept: Kept | None,
 ) -> tuple[jax.Array, jax.Array]:
   """Tokens and gate weights to the experts: ([R, D], float32 [R, 1]).
 
@@ -362,21 +381,21 @@ def dispatch(
     weights_TK: float32 gate weights.
     hops: of `route`.
     index: int32, the round of the last hop.
-    fp8: see `Exchange`.
+    kept: see `Exchange`.
   """
   gates = weights_TK
   for hop in hops[:-1]:
     gates = push(gates, hop, 0)
   gates = push_choices(gates, hops[-1], index)
   gates = checkpoint_name(gates, 'dispatched')
-  return _out(x_TD, hops, index, fp8), gates
+  return _out(x_TD, hops, index, kept), gates
 
 
-def _dispatch_fwd(x_TD, weights_TK, hops, index, fp8):
-  return dispatch(x_TD, weights_TK, hops, index, fp8), (hops, index)
+def _dispatch_fwd(x_TD, weights_TK, hops, index, kept):
+  return dispatch(x_TD, weights_TK, hops, index, kept), (hops, index)
 
 
-def _dispatch_bwd(fp8, residuals, cotangents):
+def _dispatch_bwd(kept, residuals, cotangents):
   hops, index = residuals
   dx_RD, dgates_R1 = cotangents
   columns = pull_choices(dgates_R1, hops[-1], index)
@@ -391,36 +410,36 @@ dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def combine(
-  rows_RD: jax.Array, hops: Route, index: Any, fp8: bool
+  rows_RD: jax.Array, hops: Route, index: Any, kept: Kept | None
 ) -> jax.Array:
   """Sums each token's rows on the way back: [T, D]; the others as `dispatch`.
 
-  `fp8` is for the backward pass, which dispatches the gradient.
+  `kept` is for the backward pass, which dispatches the gradient.
   """
   return _back(rows_RD, hops, index)
 
 
-def _combine_fwd(rows_RD, hops, index, fp8):
+def _combine_fwd(rows_RD, hops, index, kept):
   return _back(rows_RD, hops, index), (hops, index)
 
 
-def _combine_bwd(fp8, residuals, dy_TD):
+def _combine_bwd(kept, residuals, dy_TD):
   hops, index = residuals
-  return _out(dy_TD, hops, index, fp8), None, None
+  return _out(dy_TD, hops, index, kept), None, None
 
 
 combine.defvjp(_combine_fwd, _combine_bwd)
 
 
-def _one_round(weights, x_TD, gates_TK, hops, index, ffn, fp8):
+def _one_round(weights, x_TD, gates_TK, hops, index, ffn, kept):
   """Dispatch, experts, combine; `weights` are w1, w2 and w3."""
-  rows, gates = dispatch(x_TD, gates_TK, hops, index, fp8)
+  rows, gates = dispatch(x_TD, gates_TK, hops, index, kept)
   y = ffn(rows, *weights, received_ids(hops[-1], index), gates)
-  return combine(y, hops, index, fp8)
+  return combine(y, hops, index, kept)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _further_rounds(weights, x_TD, gates_TK, hops, ffn, fp8):
+def _further_rounds(weights, x_TD, gates_TK, hops, ffn, kept):
   """The sum of all rounds but the first.
 
   How many there are is decided at run time, the same on all ranks of the hops;
@@ -428,7 +447,7 @@ def _further_rounds(weights, x_TD, gates_TK, hops, ffn, fp8):
   """
 
   def body(index, y):
-    return y + _one_round(weights, x_TD, gates_TK, hops, index, ffn, fp8)
+    return y + _one_round(weights, x_TD, gates_TK, hops, index, ffn, kept)
 
   return lax.fori_loop(1, _agreed_rounds(hops), body, jnp.zeros_like(x_TD))
 
@@ -438,17 +457,17 @@ def _agreed_rounds(hops):
   return lax.pmax(hops[-1].rounds, every)
 
 
-def _further_rounds_fwd(weights, x_TD, gates_TK, hops, ffn, fp8):
+def _further_rounds_fwd(weights, x_TD, gates_TK, hops, ffn, kept):
   args = (weights, x_TD, gates_TK, hops)
-  return _further_rounds(*args, ffn, fp8), args
+  return _further_rounds(*args, ffn, kept), args
 
 
-def _further_rounds_bwd(ffn, fp8, residuals, dy_TD):
+def _further_rounds_bwd(ffn, kept, residuals, dy_TD):
   *primals, hops = residuals
 
   def body(index, total):
     def run(*primals):
-      return _one_round(*primals, hops, index, ffn, fp8)
+      return _one_round(*primals, hops, index, ffn, kept)
 
     gradients = jax.vjp(run, *primals)[1](dy_TD)
     return jax.tree.map(jnp.add, total, gradients)
@@ -493,12 +512,12 @@ def expert_parallel_ffn(
     return ffn(x_TD, *weights, expert_ids_TK, weights_TK)
   own = w1_eDF.shape[0]
   hops = route(expert_ids_TK, W * own, exchange)
-  y = _one_round(weights, x_TD, weights_TK, hops, 0, ffn, exchange.fp8)
+  y = _one_round(weights, x_TD, weights_TK, hops, 0, ffn, exchange.kept)
   most = hops[-1].permutation.flat_to_row_TK.shape[0] * min(
     expert_ids_TK.shape[1], own
   )
   if hops[-1].pair_rows < most:
-    y += _further_rounds(weights, x_TD, weights_TK, hops, ffn, exchange.fp8)
+    y += _further_rounds(weights, x_TD, weights_TK, hops, ffn, exchange.kept)
   return y
 
 

@@ -40,6 +40,7 @@ def build_model(config: Config) -> deepseek.Transformer:
   return deepseek.Transformer(
     config.model,
     precision=config.precision,
+    parallel=config.parallel,
     mask_documents=config.data.mask_documents,
     remat=config.train.remat,
     scan_layers=config.train.scan_layers,
