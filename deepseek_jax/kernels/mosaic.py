@@ -54,24 +54,31 @@ def launch(
   )
 
 
-def swizzle(columns: int, dtype: Any) -> tuple[Any, ...]:
+def swizzle(columns: int, dtype: Any, most: int = 128) -> tuple[Any, ...]:
   """Transforms of a tile in shared memory for TMA and wgmma.
 
-  Rows are cut into pieces of at most 128 bytes, which are permuted so that
+  Rows are cut into pieces of at most `most` bytes, which are permuted so that
   eight rows do not meet in one bank.
   """
   size = jnp.dtype(dtype).itemsize
-  width = plgpu.find_swizzle(columns * size * 8)
+  width = min(most, plgpu.find_swizzle(columns * size * 8))
   return (
     plgpu.TilingTransform((8, width // size)),
     plgpu.SwizzleTransform(width),
   )
 
 
-def tile(rows: int, columns: int, dtype: Any, *, buffers: tuple = ()) -> Any:
+def tile(
+  rows: int,
+  columns: int,
+  dtype: Any,
+  *,
+  buffers: tuple = (),
+  most: int = 128,
+) -> Any:
   """A swizzled tile in shared memory, or `buffers` of them."""
   return plgpu.SMEM(
-    (*buffers, rows, columns), dtype, transforms=swizzle(columns, dtype)
+    (*buffers, rows, columns), dtype, transforms=swizzle(columns, dtype, most)
   )
 
 
@@ -143,8 +150,13 @@ def interprets_fp8() -> bool:
 
 
 @contextlib.contextmanager
-def interpreted() -> Iterator[None]:
-  """Within it kernels run on the CPU, step by step: slow, and exact."""
+def interpreted(pads: bool = False) -> Iterator[None]:
+  """Within it kernels run on the CPU, step by step: slow, and exact.
+
+  Args:
+    pads: what lies beyond an array reads as zeros, as TMA has it, and so does
+      memory that was not written; otherwise an error, and NaN.
+  """
   from jax._src.interpreters import mlir
   from jax._src.pallas.mosaic_gpu import core
   from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call, params
@@ -154,5 +166,24 @@ def interpreted() -> Iterator[None]:
       core.layout_cast_p, lambda _, x, **__: [x], platform='cpu'
     )
   interpret_pallas_call.gpu_callbacks.reset_gpu_interpret_mode_state()
-  with params.force_gpu_interpret_mode(params.InterpretGPUParams()):
+  chosen = params.InterpretGPUParams(
+    out_of_bounds_reads='uninitialized' if pads else 'raise',
+    uninitialized_memory='zero' if pads else 'nan',
+  )
+  with params.force_gpu_interpret_mode(chosen):
     yield
+
+
+def is_interpreted() -> bool:
+  """Whether what is traced now will be interpreted."""
+  from jax._src import config
+
+  context = config.pallas_tpu_interpret_mode_context_manager
+  return context.value is not None
+
+
+def load(ref: Any, layout: Any) -> jax.Array:
+  """What `ref` holds, in registers laid out as stated."""
+  if interprets_fp8():  # jax 0.11 dropped the index.
+    return plgpu.load(ref, layout=layout)
+  return plgpu.load(ref, (), layout=layout)

@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig, PrecisionConfig
+from deepseek_jax.kernels import dispatch, mla_attention, mla_decode
 from deepseek_jax.layers import params
 from deepseek_jax.layers.linear import attention_kept, linear, share
-from deepseek_jax.ops import attention, cached_attention, norms, rope
+from deepseek_jax.ops import cached_attention, norms, rope
 
 
 class MLA(nn.Module):
@@ -56,7 +57,10 @@ class MLA(nn.Module):
     if cache_BSX is None:
       q, (k, v) = _join(q_nope, q_pe), self._expand(c_kv, k_pe, wkv_b)
       keep = attention_kept(self.precision)
-      out_BTNU = attention.attend(q, k, v, scale, segments_BT, keep)
+      chosen = dispatch.requested(self.precision.kernels)
+      out_BTNU = mla_attention.attend(
+        q, k, v, scale, segments_BT, keep, implementation=chosen
+      )
       out_BTNU, kept = out_BTNU if keep else (out_BTNU, None)
     else:
       new_BTX = _join(c_kv, k_pe)
@@ -138,13 +142,14 @@ class MLA(nn.Module):
     w_uk, w_uv = self._absorbed(wkv_b.astype(new_BTX.dtype))
     cache_BSX = cached_attention.write_rows(cache_BSX, new_BTX, positions_BT)
     q_latent = jnp.einsum('BTNH,NHC->BTNC', q_nope, w_uk)
-    shared = cache_BSX[:, :, None]
-    # The values are the latents: the columns of the rotated key are dropped
-    # after the product, for to cut them off before would copy the cache.
-    out = cached_attention.attend_rows(
-      _join(q_latent, q_pe), shared, shared, positions_BT, scale
+    out_BTNC = mla_decode.attend_latents(
+      _join(q_latent, q_pe),
+      cache_BSX,
+      mla.kv_lora_rank,
+      positions_BT,
+      scale,
+      implementation=dispatch.requested(self.precision.kernels),
     )
-    out_BTNC = out[..., : mla.kv_lora_rank]
     return jnp.einsum('BTNC,NCU->BTNU', out_BTNC, w_uv), cache_BSX
 
   def _absorbed(self, wkv_b):

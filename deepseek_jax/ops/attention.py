@@ -95,33 +95,34 @@ def _attend_fwd(q, k, v, scale, segments, keep):
     outs.append((out / total).astype(v.dtype))
     lses.append(top + jnp.log(total))
   out = jnp.concatenate(outs, 2)
-  kept = out if keep is None else _encode(out, keep)
+  kept = out if keep is None else encode(out.swapaxes(1, 2), keep)
   kept = checkpoint_name(kept, 'attn_out')
   lse = checkpoint_name(jnp.concatenate(lses, 2), 'attn_lse')
   out = kept if keep is None else out
   return (out, kept), (q, k, v, segments, kept, lse)
 
 
-def _encode(out_BNTU, keep):
+def encode(out_BTNU: jax.Array, keep: Kept) -> Quantized | Packed:
   """Codes of [B T, N U], as the linear layer behind attention takes it."""
-  B, N, T, U = out_BNTU.shape
-  rows = out_BNTU.swapaxes(1, 2).reshape(B * T, N * U)
-  return quantize.pack(keep.quantize(rows))
+  B, T, N, U = out_BTNU.shape
+  return quantize.pack(keep.quantize(out_BTNU.reshape(B * T, N * U)))
 
 
-def _decode(kept, shape):
-  """What `_encode` kept, rounded: [B, N, T, U]."""
+def decode(
+  kept: jax.Array | Quantized | Packed, shape: tuple[int, ...]
+) -> jax.Array:
+  """What `encode` kept, rounded, in `shape` [B, T, N, U]; or an array as is."""
   if not isinstance(kept, (Quantized, Packed)):
     return kept
-  B, N, T, U = shape
-  rows = quantize.unpack(kept).dequantize()
-  return rows.reshape(B, T, N, U).swapaxes(1, 2)
+  return quantize.unpack(kept).dequantize().reshape(shape)
 
 
 def _attend_bwd(scale, keep, residuals, cotangents):
   q, k, v, segments, kept, lse = residuals
   dout = cotangents[0]
-  out = _decode(kept, dout.shape)
+  out = kept
+  if keep is not None:
+    out = decode(kept, dout.swapaxes(1, 2).shape).swapaxes(1, 2)
   delta = jnp.sum(
     dout.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True
   )

@@ -5,8 +5,8 @@ what lies beyond a query's own position is never read, whatever it is.  Two
 forms, as in the released code:
 
 * `attend_rows`: few queries, at a place of its own in each sequence: decoding.
-  MLA hands in its absorbed queries and the latents as one shared head; MHA, GQA
-  and MQA their keys and values.
+  MHA, GQA and MQA hand in their keys and values, MLA, by way of
+  `attend_latents`, its absorbed queries and the latents as one shared head.
 * `attend_chunk`: many queries from one common start: prefill.  Keys and values
   come block by block, so that latents are expanded a block at a time.
 """
@@ -72,6 +72,32 @@ def attend_rows(
   probs = jax.nn.softmax(scores, axis=-1).astype(v_BSnU.dtype)
   out = jnp.einsum('BnrTS,BSnU->BTnrU', probs, v_BSnU)
   return out.reshape(B, T, N, v_BSnU.shape[-1])
+
+
+def attend_latents(
+  q_BTNX: jax.Array,
+  cache_BSX: jax.Array,
+  width: int,
+  positions_BT: jax.Array,
+  scale: float,
+) -> jax.Array:
+  """`attend_rows` to rows that are the key, and whose start is the value.
+
+  Args:
+    q_BTNX: absorbed queries.
+    cache_BSX: latents and rotated keys, shared by all heads.
+    width: of the latents, the values.
+    positions_BT: of the queries, int32.
+    scale: of the scores.
+
+  Returns:
+    [B, T, N, width] in the dtype of `cache_BSX`.
+  """
+  shared = cache_BSX[:, :, None]
+  # The columns of the rotated key are dropped after the product, for to cut
+  # them off before would copy the cache.
+  out = attend_rows(q_BTNX, shared, shared, positions_BT, scale)
+  return out[..., :width]
 
 
 def attend_chunk(
