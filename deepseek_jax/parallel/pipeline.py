@@ -1,0 +1,526 @@
+"""Runs a pipeline schedule in one compiled program (V3 section 3.2.1).
+
+The program is a loop over ticks (`ticks.py`).  At each, a rank takes one of a
+few branches: a forward, the gradient of an input or of weights through one of
+its stages, or a pair of a forward and a backward.  Residuals wait in a buffer
+of as many slots as the schedule needs.  All messages travel outside the
+branches, for a permutation waits for ranks that may have taken another branch.
+
+The model comes as functions of one layer, of the embedding and of the head.  A
+branch is made of layers, so that the first and the last stage are like the
+others: the embedding runs before the branches, on the rank that has it, and the
+head behind them, forwards and backwards at once, for cross-entropy makes its
+gradient in its forward pass.
+
+Everything but `gradients` runs in a manual region over all axes of the mesh.
+"""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from deepseek_jax.parallel import placement, split_backward, ticks
+from deepseek_jax.parallel.placement import AXIS, Layout, Signature
+from deepseek_jax.parallel.ticks import Cell, Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A model in pieces; `micro` is a micro-batch, `scalars` any values.
+
+  Attributes:
+    embed: (embedding, micro) -> x.
+    layers: kind -> (params, state, x, (micro, scalars)) -> ((x, loss), stats);
+      `loss` is added to the objective, `stats` are summed over micro-batches.
+    head: (params, state, x, micro, scalars) -> (loss, report), where `params`
+      and `state` are those of no kind of layer; reports are summed.
+  """
+
+  embed: Callable[..., jax.Array]
+  layers: Mapping[str, Callable[..., Any]]
+  head: Callable[..., tuple[jax.Array, Any]]
+
+
+class _Union:
+  """Buffers that hold the arrays of any signature, alike arrays in common."""
+
+  def __init__(self, shapes: Mapping[Signature, Sequence[Any]]):
+    counts = collections.Counter()
+    for leaves in shapes.values():
+      counts |= collections.Counter((s.shape, s.dtype) for s in leaves)
+    self.shapes = [jax.ShapeDtypeStruct(*key) for key in counts.elements()]
+    self._places = {sig: self._match(leaves) for sig, leaves in shapes.items()}
+
+  def _match(self, leaves):
+    free = collections.defaultdict(list)
+    for i, s in enumerate(self.shapes):
+      free[s.shape, s.dtype].append(i)
+    return [free[s.shape, s.dtype].pop(0) for s in leaves]
+
+  def pack(self, signature: Signature, leaves: Sequence[jax.Array]) -> list:
+    """One value per buffer, zeros where the signature has none."""
+    values = dict(zip(self._places[signature], leaves))
+    return [
+      values[i] if i in values else jnp.zeros(s.shape, s.dtype)
+      for i, s in enumerate(self.shapes)
+    ]
+
+  def unpack(self, signature: Signature, buffers: Sequence[jax.Array]) -> list:
+    """The inverse of `pack`."""
+    return [buffers[i] for i in self._places[signature]]
+
+
+# What a branch does: the signatures of its forward, of its gradient of an
+# input and of its gradient of weights, None for what it leaves out.
+_Action = tuple[Signature | None, Signature | None, Signature | None]
+
+
+def _action(layout: Layout, rank: int, cell: Cell) -> _Action:
+  tasks = (cell.forward, cell.backward, cell.weight)
+  return tuple(t and layout.signatures[rank, t.chunk] for t in tasks)
+
+
+def _columns(table: Table, layout: Layout, actions: Sequence[_Action]):
+  """The table as int32 arrays [ticks, ranks]."""
+  schedule = table.schedule
+
+  def row(rank: int, cell: Cell) -> dict[str, int]:
+    forward, backward = cell.forward, cell.backward or cell.weight
+
+    def micro(task):
+      return ticks.microbatch(schedule, rank, task) if task else 0
+
+    def stage(task):
+      return ticks.stage_of(schedule, rank, task.chunk) if task else -1
+
+    return {
+      'action': actions.index(_action(layout, rank, cell)),
+      'f_micro': micro(forward),
+      'f_chunk': forward.chunk if forward else 0,
+      'b_micro': micro(backward),
+      'b_chunk': backward.chunk if backward else 0,
+      'embeds': stage(forward) == 0,
+      'has_loss': stage(forward) == schedule.stages - 1,
+      'ends': stage(cell.backward) == 0,
+      'x': cell.x_slot,
+      'g': cell.g_slot,
+      'load': cell.load_slot,
+      'save': cell.save_slot,
+      'cut_save': cell.cut_slot if cell.backward else -1,
+      'cut_load': cell.cut_slot if not cell.backward else -1,
+      'y_local': cell.y_local,
+      'g_local': cell.g_local,
+      **{c: cell.arrivals.get(c, -1) for c in table.channels},
+    }
+
+  rows = [[row(r, cell) for r, cell in enumerate(t)] for t in table.cells]
+  return {
+    name: np.array([[cell[name] for cell in t] for t in rows], np.int32)
+    for name in rows[0][0]
+  }
+
+
+def _read(buffers: Any, slot: jax.Array) -> Any:
+  """The arrays in a slot; of slot -1 the first, which nobody uses."""
+  return jax.tree.map(
+    lambda b: lax.dynamic_index_in_dim(b, jnp.maximum(slot, 0), 0, False),
+    buffers,
+  )
+
+
+def _write(buffers: Any, slot: jax.Array, values: Any) -> Any:
+  """Puts arrays into a slot; into slot -1 nothing."""
+
+  def put(buffer, value):
+    at = jnp.maximum(slot, 0)
+    old = lax.dynamic_index_in_dim(buffer, at, 0, False)
+    value = jnp.where(slot >= 0, value.astype(buffer.dtype), old)
+    return lax.dynamic_update_index_in_dim(buffer, value, at, 0)
+
+  return jax.tree.map(put, buffers, values)
+
+
+def _zeros(shapes: Any) -> Any:
+  return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
+def _float32_zeros(x: jax.Array) -> jax.Array:
+  return jnp.zeros(x.shape, jnp.float32)
+
+
+def _empty(shapes: Any, size: int) -> Any:
+  """Empty buffers."""
+  return jax.tree.map(lambda s: jnp.zeros((size, *s.shape), s.dtype), shapes)
+
+
+class _Rank:
+  """One rank's side of a schedule."""
+
+  def __init__(self, program, table, layout, params, state, batch, scalars):
+    """Arguments as for `run`."""
+    kinds = layout.kinds
+    self._program, self._table, self._layout = program, table, layout
+    self._params = {k: params[k] for k in kinds}
+    self._state = {k: state.get(k, {}) for k in kinds}
+    self._outer = {k: v for k, v in params.items() if k not in kinds}
+    self._outer_state = {k: v for k, v in state.items() if k not in kinds}
+    self._batch, self._scalars = batch, scalars
+    micro = self._micro(0)
+    self._x = jax.eval_shape(program.embed, self._outer['embed'], micro)
+    self._splits = {k: self._split(k, micro) for k in kinds}
+    self._prepared = {
+      k: jax.vmap(self._splits[k].prepare)(self._params[k], self._state[k])
+      for k in kinds
+    }
+    self._residuals = self._union('residuals')
+    self._cut = self._union('cut')
+    self._slots = {k: jnp.asarray(v)[_rank()] for k, v in layout.slots.items()}
+
+  def _micro(self, index):
+    return jax.tree.map(
+      lambda a: lax.dynamic_index_in_dim(a, index, 0, False), self._batch
+    )
+
+  def _split(self, kind, micro):
+    one = jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype),
+      (self._params[kind], self._state[kind]),
+    )
+    function, aux = self._program.layers[kind], (micro, self._scalars)
+    return split_backward.split(function, *one, self._x, aux)
+
+  def _union(self, field):
+    return _Union(
+      {
+        sig: [s for kind in sig for s in getattr(self._splits[kind], field)]
+        for sig in set(self._layout.signatures.values())
+      }
+    )
+
+  def run(self):
+    """See `run`."""
+    table, layout = self._table, self._layout
+    cells = [(r, c) for row in table.cells for r, c in enumerate(row)]
+    actions = sorted({_action(layout, r, c) for r, c in cells}, key=str)
+    columns = {
+      name: jnp.asarray(column)[:, _rank()]
+      for name, column in _columns(table, layout, actions).items()
+    }
+    branches = [functools.partial(self._branch, action) for action in actions]
+    tick = functools.partial(self._tick, branches)
+    carry, _ = lax.scan(tick, self._start(), columns)
+    grads = {**carry['dlayers'], **carry['douter']}
+    return grads, carry['stats'], carry['report']
+
+  def _start(self):
+    table = self._table
+    report = self._head_shapes()[0]
+    return {
+      'residuals': _empty(self._residuals.shapes, table.residual_slots),
+      'cut': _empty(self._cut.shapes, table.cut_slots),
+      'x': _empty(self._x, max(1, table.x_slots)),
+      'g': _empty(self._x, max(1, table.g_slots)),
+      'dlayers': jax.tree.map(_float32_zeros, self._params),
+      'douter': jax.tree.map(_float32_zeros, self._outer),
+      'stats': {
+        k: _empty(self._splits[k].stats, self._layout.sources[k].shape[1])
+        for k in self._layout.kinds
+      },
+      'report': _zeros(report),
+    }
+
+  def _tick(self, branches, carry, at):
+    """One pass of the loop: a branch, what belongs to its ends, messages."""
+    f_micro, b_micro = self._micro(at['f_micro']), self._micro(at['b_micro'])
+    x = lax.cond(
+      at['embeds'],
+      lambda: self._program.embed(self._outer['embed'], f_micro),
+      lambda: _read(carry['x'], at['x']),
+    )
+    g = _read(carry['g'], at['g'])
+    rings = carry['residuals'], carry['cut']
+    out = lax.switch(at['action'], branches, at, f_micro, b_micro, x, g, *rings)
+    report, douter, dy = self._head(at, f_micro, out['y'])
+    douter['embed'] += self._embed_grad(at, b_micro, out['dx'])
+    return {
+      'residuals': _write(rings[0], at['save'], out['residuals']),
+      'cut': _write(rings[1], at['cut_save'], out['cut']),
+      **self._exchange(carry, at, out, dy),
+      'dlayers': self._add(carry['dlayers'], out['dparams'], at['b_chunk']),
+      'douter': jax.tree.map(jnp.add, carry['douter'], douter),
+      'stats': self._add(carry['stats'], out['stats'], at['f_chunk']),
+      'report': jax.tree.map(jnp.add, carry['report'], report),
+    }, None
+
+  def _exchange(self, carry, at, out, dy):
+    """Sends to both neighbours, and puts what arrives into the inboxes."""
+    n = self._table.schedule.ranks
+    shifts = {'up': 1, 'down': -1}
+    x, g = carry['x'], carry['g']
+    for channel in self._table.channels:
+      what, way = channel.split('_')
+      value = out['y'] if what == 'y' else out['dx']
+      pairs = [(i, (i + shifts[way]) % n) for i in range(n)]
+      value = lax.ppermute(value, AXIS, pairs)
+      if what == 'y':
+        x = _write(x, at[channel], value)
+      else:
+        g = _write(g, at[channel], value)
+    dx = jnp.where(at['has_loss'], dy, out['dx'])
+    return {
+      'x': _write(x, at['y_local'], out['y']),
+      'g': _write(g, at['g_local'], dx),
+    }
+
+  # The branches.
+
+  def _branch(self, action, at, f_micro, b_micro, x, g, residuals, cut):
+    """The tasks of an action; what they do not give is zero."""
+    forward, backward, weight = action
+    out = self._nothing()
+    if forward is not None:
+      out |= self._forward(forward, at['f_chunk'], x, f_micro)
+    if backward is None and weight is None:
+      return out
+    chunk = at['b_chunk']
+    saved = _read(residuals, at['load'])
+    if backward is not None:
+      out['dx'], cuts = self._input_grad(backward, chunk, g, saved, b_micro)
+      if weight is None:
+        out['cut'] = cuts
+    else:
+      cuts = _read(cut, at['cut_load'])
+    if weight is not None:
+      out['dparams'] = self._weight_grad(weight, chunk, saved, cuts, b_micro)
+    return out
+
+  def _nothing(self):
+    layers = {k: self._layout.slots[k].shape[2] for k in self._layout.kinds}
+    return {
+      'y': _zeros(self._x),
+      'dx': _zeros(self._x),
+      'residuals': _zeros(self._residuals.shapes),
+      'cut': _zeros(self._cut.shapes),
+      'dparams': {
+        k: _empty(jax.tree.map(lambda a: a[0], self._params[k]), n)
+        for k, n in layers.items()
+      },
+      'stats': {k: _empty(self._splits[k].stats, n) for k, n in layers.items()},
+    }
+
+  def _layers(self, signature: Signature, chunk):
+    """For each layer of a stage: kind, number among its kind, variables."""
+    seen = collections.Counter()
+    for kind in signature:
+      i = seen[kind]
+      seen[kind] += 1
+      is_static = self._table.schedule.chunks == 1
+      slot = i if is_static else self._slots[kind][chunk, i]
+      trees = self._params[kind], self._state[kind], self._prepared[kind]
+      yield (
+        kind,
+        i,
+        (
+          jax.tree.map(lambda a: a[i], trees)  # noqa: B023
+          if is_static
+          else _read(trees, slot)
+        ),
+      )
+
+  def _forward(self, signature, chunk, x, micro):
+    leaves, stats = [], self._nothing()['stats']
+    for kind, i, variables in self._layers(signature, chunk):
+      split = self._splits[kind]
+      (x, _), s, residuals = split.forward(
+        *variables, x, (micro, self._scalars)
+      )
+      leaves += residuals
+      stats[kind] = jax.tree.map(lambda a, v: a.at[i].set(v), stats[kind], s)  # noqa: B023
+    saved = self._residuals.pack(signature, leaves)
+    return {'y': x, 'residuals': saved, 'stats': stats}
+
+  def _input_grad(self, signature, chunk, g, saved, micro):
+    saved = self._by_layer(signature, 'residuals', saved)
+    cuts = []
+    layers = list(self._layers(signature, chunk))
+    for (kind, _, variables), residuals in zip(layers[::-1], saved[::-1]):
+      split, one = self._splits[kind], jnp.ones((), jnp.float32)
+      g, values = split.input_grad(
+        *variables, (micro, self._scalars), residuals, (g, one)
+      )
+      cuts.append(values)
+    leaves = [v for values in cuts[::-1] for v in values]
+    return g, self._cut.pack(signature, leaves)
+
+  def _weight_grad(self, signature, chunk, saved, cuts, micro):
+    saved = self._by_layer(signature, 'residuals', saved)
+    cuts = self._by_layer(signature, 'cut', cuts)
+    grads = self._nothing()['dparams']
+    layers = self._layers(signature, chunk)
+    for (kind, i, variables), residuals, values in zip(layers, saved, cuts):
+      split = self._splits[kind]
+      grad = split.weight_grad(
+        *variables, (micro, self._scalars), residuals, values
+      )
+      grads[kind] = jax.tree.map(lambda a, v: a.at[i].set(v), grads[kind], grad)  # noqa: B023
+    return grads
+
+  def _by_layer(self, signature, field, buffers):
+    """A stage's arrays as one list for each layer."""
+    union = self._residuals if field == 'residuals' else self._cut
+    leaves = iter(union.unpack(signature, buffers))
+    counts = [len(getattr(self._splits[kind], field)) for kind in signature]
+    return [[next(leaves) for _ in range(n)] for n in counts]
+
+  def _add(self, totals, values, chunk):
+    """Adds a stage's values, by kind [layers, ...], to those of the rank."""
+
+    def add(total, value, slots):
+      for i in range(value.shape[0]):
+        at = jnp.maximum(slots[i], 0)  # Without a layer the value is zero.
+        old = lax.dynamic_index_in_dim(total, at, 0, False)
+        total = lax.dynamic_update_index_in_dim(total, old + value[i], at, 0)
+      return total
+
+    return {
+      kind: jax.tree.map(
+        functools.partial(add, slots=self._slots[kind][chunk]),
+        totals[kind],
+        values[kind],
+      )
+      for kind in totals
+    }
+
+  # The two ends of the model.
+
+  def _head_grad(self, micro, y):
+    """(report, gradients of the outer parameters, of y)."""
+
+    def loss(outer, y):
+      return self._program.head(
+        outer, self._outer_state, y, micro, self._scalars
+      )
+
+    grads, report = jax.grad(loss, (0, 1), has_aux=True)(self._outer, y)
+    return report, *grads
+
+  def _head_shapes(self):
+    return jax.eval_shape(self._head_grad, self._micro(0), self._x)
+
+  def _head(self, at, micro, y):
+    return lax.cond(
+      at['has_loss'],
+      lambda: self._head_grad(micro, y),
+      lambda: _zeros(self._head_shapes()),
+    )
+
+  def _embed_grad(self, at, micro, dx):
+    embedding = self._outer['embed']
+
+    def grad():
+      _, vjp = jax.vjp(lambda e: self._program.embed(e, micro), embedding)
+      return vjp(dx)[0]
+
+    return lax.cond(at['ends'], grad, lambda: jnp.zeros_like(embedding))
+
+
+def _rank():
+  return lax.axis_index(AXIS)
+
+
+def run(
+  program: Program,
+  table: Table,
+  layout: Layout,
+  params: Any,
+  state: Any,
+  batch: Any,
+  scalars: Any,
+) -> tuple[Any, Any, Any]:
+  """One rank's part of the gradients, summed over its micro-batches.
+
+  Args:
+    program: the model.
+    table: of the schedule.
+    layout: of the layers.
+    params: this rank's: kind -> stacked layers [slots, ...], and whatever
+      `Program.head` takes, 'embed' among it.
+    state: likewise.
+    batch: arrays [M, ...].
+    scalars: see `Program`.
+
+  Returns:
+    (float32 gradients like `params`; kind -> statistics [slots, ...]; report).
+  """
+  return _Rank(program, table, layout, params, state, batch, scalars).run()
+
+
+@dataclasses.dataclass(frozen=True)
+class Specs:
+  """Divisions of everything that goes into a pipelined step.
+
+  Attributes:
+    stored: of each parameter, as the optimizer has it; see `placement.divide`.
+    used: of each parameter, as a layer computes with it, without stages.
+    batch: of each array of the batch [M, ...].
+    batch_axes: all over which sequences are divided.
+  """
+
+  stored: Any
+  used: Any
+  batch: Any
+  batch_axes: tuple[str, ...]
+
+
+def gradients(
+  program: Program,
+  table: Table,
+  layout: Layout,
+  mesh: Mesh,
+  specs: Specs,
+) -> Callable[..., tuple[Any, Any, Any]]:
+  """A function of whole arrays, (params, state, batch, scalars).
+
+  The state and the scalars are whole everywhere.  It returns the gradients, in
+  the canonical layout and divided as `specs.stored`; the statistics of each
+  kind of layer, [L, ...]; and the report.  The last two are summed over all
+  micro-batches and shards and whole everywhere.
+  """
+
+  trees, whole = (specs.stored, specs.used), PartitionSpec()
+
+  def local(params, state, batch, scalars):
+    own = placement.map_by_kind(placement.collect, layout, params, *trees)
+    own_state = placement.map_by_kind(
+      functools.partial(placement.collect, stored=whole, used=whole),
+      layout,
+      state,
+    )
+    grads, stats, report = run(
+      program, table, layout, own, own_state, batch, scalars
+    )
+    give_back = functools.partial(
+      placement.give_back, batch_axes=specs.batch_axes
+    )
+    grads = placement.map_by_kind(give_back, layout, grads, *trees)
+    stats = placement.map_by_kind(
+      functools.partial(give_back, stored=whole, used=whole), layout, stats
+    )
+    axes = (AXIS, *specs.batch_axes)
+    return grads, stats, jax.tree.map(lambda a: lax.psum(a, axes), report)
+
+  return jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(specs.stored, whole, specs.batch, whole),
+    out_specs=(specs.stored, whole, whole),
+    check_vma=False,
+  )

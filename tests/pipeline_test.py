@@ -1,0 +1,281 @@
+"""The executor on a model of plain functions: exact for every schedule."""
+
+import collections
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from jax.sharding import PartitionSpec as P
+
+from deepseek_jax import config as config_lib
+from deepseek_jax.parallel import (
+  mesh,
+  pipeline,
+  placement,
+  schedules,
+  simulate,
+  split_backward,
+  ticks,
+)
+from tests import tolerances
+
+_D, _V, _ROWS, _T = 16, 11, 2, 4
+_SCALE = np.float32(0.01)
+
+
+def _embed(embedding, micro):
+  return embedding[micro['tokens'][:, :-1]]
+
+
+def _thin(params, state, x, aux):
+  """A layer without a loss, statistics or state."""
+  y = x + jnp.tanh(x @ params['w']) * params['scale']
+  return (y, jnp.zeros((), jnp.float32)), None
+
+
+def _wide(params, state, x, aux):
+  micro, scale = aux
+  h = jax.nn.silu(x @ params['w1'] + state['bias'])
+  stats = {
+    'on': (h > 0).sum(dtype=jnp.float32),
+    'tokens': micro['tokens'].sum(dtype=jnp.float32),
+  }
+  return (x + h @ params['w2'], scale * jnp.sum(h**2)), stats
+
+
+def _head(params, state, x, micro, scale):
+  z = x @ params['head'].T + 0.1 * x @ params['embed'].T + state['offset']
+  targets = micro['tokens'][:, 1:, None]
+  nll = -jnp.take_along_axis(jax.nn.log_softmax(z), targets, -1).sum()
+  return scale * nll, {'nll': nll}
+
+
+_PROGRAM = pipeline.Program(_embed, {'thin': _thin, 'wide': _wide}, _head)
+
+
+def _problem(n_thin, n_wide, microbatches, rows):
+  rng = np.random.default_rng(0)
+
+  def normal(*shape):
+    return 0.3 * rng.normal(size=shape).astype(np.float32)
+
+  params = {
+    'thin': {'w': normal(n_thin, _D, _D), 'scale': normal(n_thin, _D)},
+    'wide': {
+      'w1': normal(n_wide, _D, 2 * _D),
+      'w2': normal(n_wide, 2 * _D, _D),
+    },
+    'embed': normal(_V, _D),
+    'head': normal(_V, _D),
+  }
+  state = {'wide': {'bias': normal(n_wide, 2 * _D)}, 'offset': normal(_V)}
+  tokens = rng.integers(_V, size=(microbatches, rows, _T + 1))
+  return params, state, {'tokens': tokens.astype(np.int32)}
+
+
+def _plain(params, state, batch, scale):
+  """The same on one device: (gradients, statistics of 'wide', report)."""
+
+  def objective(params, micro):
+    x, total, stats = _embed(params['embed'], micro), 0.0, []
+    for kind, layer in _PROGRAM.layers.items():
+      for i in range(jax.tree.leaves(params[kind])[0].shape[0]):
+        own = jax.tree.map(lambda a: a[i], (params[kind], state.get(kind)))  # noqa: B023
+        (x, loss), s = layer(*own, x, (micro, scale))
+        total += loss
+        stats += [s] if s else []
+    loss, report = _head(params, state, x, micro, scale)
+    stats = jax.tree.map(lambda *s: jnp.stack(s), *stats)
+    return total + loss, (stats, report)
+
+  def body(sums, micro):
+    grads, aux = jax.grad(objective, has_aux=True)(params, micro)
+    return jax.tree.map(jnp.add, sums, (grads, *aux)), None
+
+  first = jax.tree.map(lambda a: a[0], batch)
+  shapes = jax.eval_shape(
+    lambda p: jax.grad(objective, has_aux=True)(p, first), params
+  )
+  zeros = jax.tree.map(
+    lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], *shapes[1])
+  )
+  return jax.lax.scan(body, zeros, batch)[0]
+
+
+def _stored(grid, is_stack, array):
+  return placement.divide(P(), array.shape, grid.shape, is_stack)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Case:
+  schedule: str
+  ranks: int
+  microbatches: int
+  n_thin: int = 1
+  n_wide: int = 3
+  sizes: tuple[int, ...] | None = None
+  data: int = 1
+
+  def make(self):
+    """(function of the pipeline, its arguments)."""
+    schedule = schedules.make(self.schedule, self.ranks, self.microbatches)
+    layers = [('thin', i) for i in range(self.n_thin)]
+    layers += [('wide', i) for i in range(self.n_wide)]
+    sizes = self.sizes or placement.even_sizes(len(layers), schedule.stages)
+    layout = placement.Layout(schedule, placement.cut(layers, sizes))
+    config = config_lib.ParallelConfig(stage=self.ranks, data=self.data)
+    devices = jax.devices()[: config.n_devices]
+    grid = mesh.build(config, devices)
+    problem = _problem(
+      self.n_thin, self.n_wide, self.microbatches, _ROWS * self.data
+    )
+    stored = {
+      key: jax.tree.map(
+        functools.partial(_stored, grid, key in _PROGRAM.layers), value
+      )
+      for key, value in problem[0].items()
+    }
+    specs = pipeline.Specs(
+      stored=stored,
+      used=jax.tree.map(lambda _: P(), problem[0]),
+      batch=P(None, 'data'),
+      batch_axes=('data',),
+    )
+    table = ticks.build(schedule)
+    run = pipeline.gradients(_PROGRAM, table, layout, grid, specs)
+    return run, (*problem, _SCALE)
+
+
+class GradientsTest(parameterized.TestCase):
+  @parameterized.parameters(
+    _Case('gpipe', 2, 3),
+    _Case('1f1b', 4, 6, data=2),
+    _Case('interleaved', 2, 4, n_thin=2),
+    _Case('zb_h1', 4, 6, n_thin=3, sizes=(2, 1, 2, 1)),
+    _Case('dualpipe', 4, 8, data=2),
+    _Case('dualpipe_v', 2, 5, n_wide=4, sizes=(2, 1, 1, 1)),
+    _Case('dualpipe_v', 1, 2, n_wide=1),
+  )
+  def test_equal_one_device(self, case):
+    run, args = case.make()
+    grads, stats, report = jax.jit(run)(*args)
+    expected = jax.jit(_plain)(*args)
+    tolerances.assert_close(
+      (grads, stats['wide'], report), expected, tolerances.COMPONENT_PARITY
+    )
+
+  def test_parameters_are_stored_in_parts(self):
+    """Each rank has a part of every matrix, and gives back that of its sum."""
+    run, args = _Case('1f1b', 4, 4).make()
+    grads, *_ = jax.eval_shape(run, *args)
+    self.assertEqual(
+      jax.tree.map(jnp.shape, grads), jax.tree.map(jnp.shape, args[0])
+    )
+    text = jax.jit(run).lower(*args).as_text()
+    self.assertEqual(text.count('stablehlo.all_to_all'), 2 * 3)
+
+  def test_head_and_embedding_are_computed_where_they_are(self):
+    """Every product with the vocabulary lies in a branch that others skip."""
+    run, args = _Case('zb_h1', 4, 4).make()
+    inside, outside = _vocabulary_products(jax.make_jaxpr(run)(*args).jaxpr)
+    self.assertGreater(inside, 3)
+    self.assertEqual(outside, 0)
+
+
+def _vocabulary_products(jaxpr, is_branch=False):
+  """How many dot products with V lie within a conditional, and without."""
+  counts = np.zeros(2, int)
+  for eqn in jaxpr.eqns:
+    shapes = [v.aval.shape for v in (*eqn.invars, *eqn.outvars)]
+    if eqn.primitive.name == 'dot_general':
+      counts[0 if is_branch else 1] += any(_V in shape for shape in shapes)
+    for sub in jax.tree.leaves(
+      eqn.params, is_leaf=lambda p: hasattr(p, 'eqns')
+    ):
+      sub = getattr(sub, 'jaxpr', sub)
+      if hasattr(sub, 'eqns'):
+        within = is_branch or eqn.primitive.name == 'cond'
+        counts += _vocabulary_products(sub, within)
+  return counts
+
+
+class MemoryTest(parameterized.TestCase):
+  def _temporary(self, case):
+    run, args = case.make()
+    compiled = jax.jit(run).lower(*args).compile()
+    schedule = schedules.make(case.schedule, case.ranks, case.microbatches)
+    ranks = range(case.ranks)
+    peak = max(simulate.peak_activations(schedule, r) for r in ranks)
+    return compiled.memory_analysis().temp_size_in_bytes, peak
+
+  def _residuals(self, kind):
+    params, state, batch = _problem(1, 1, 1, _ROWS)
+    one = jax.tree.map(lambda a: a[0], (params[kind], state.get(kind, {})))
+    micro = {'tokens': batch['tokens'][0]}
+    x = jnp.zeros((_ROWS, _T, _D))
+    split = split_backward.split(
+      _PROGRAM.layers[kind], *one, x, (micro, _SCALE)
+    )
+    return [s.shape for s in split.residuals]
+
+  def test_activations_are_the_simulators_peak(self):
+    """GPipe holds all micro-batches, 1F1B as many as there are stages."""
+    few, many = (
+      self._temporary(_Case('gpipe', 2, n, n_thin=2, n_wide=2, sizes=(2, 2)))
+      for n in (8, 40)
+    )
+    slot = (many[0] - few[0]) / (many[1] - few[1])
+    # Of each shape as many as the stage with the most; the gradient's inbox.
+    counts = collections.Counter()
+    for kind in ('thin', 'wide'):
+      counts |= collections.Counter(2 * self._residuals(kind))
+    expected = sum(4 * int(np.prod(s)) * n for s, n in counts.items())
+    expected += 4 * _ROWS * _T * _D
+    self.assertBetween(slot, expected, 1.05 * expected)
+    few, many = (
+      self._temporary(_Case('1f1b', 2, n, n_thin=2, n_wide=2, sizes=(2, 2)))
+      for n in (8, 40)
+    )
+    self.assertEqual(few[1], many[1])
+    self.assertLess(many[0] - few[0], slot)
+
+
+class PlacementTest(parameterized.TestCase):
+  def test_layers_that_do_not_divide_evenly(self):
+    self.assertEqual(placement.even_sizes(61, 16), [4] * 13 + [3] * 3)
+    layers = [('dense', 0), *(('moe', i) for i in range(4))]
+    stages = placement.cut(layers, (2, 0, 1, 2))
+    self.assertEqual(stages[0], [('dense', 0), ('moe', 0)])
+    self.assertEqual([len(stage) for stage in stages], [2, 0, 1, 2])
+    with self.assertRaisesRegex(ValueError, 'stage_layers=1,2.*the 5 layers'):
+      placement.cut(layers, (1, 2))
+
+  def test_dualpipe_holds_both_directions_stages(self):
+    schedule = schedules.make('dualpipe', 4, 8)
+    stages = placement.cut([('moe', i) for i in range(4)], (1, 1, 1, 1))
+    layout = placement.Layout(schedule, stages)
+    sources = layout.sources['moe'].tolist()
+    self.assertEqual(sources, [[0, 3], [1, 2], [2, 1], [3, 0]])
+
+  @parameterized.parameters(
+    ((6, 8, 16), True, P(None, None, 'stage')),
+    ((6, 8, 5), True, P(None, 'stage', None)),
+    ((8, 16), True, P()),
+    ((8, 6), False, P('stage', None)),
+    ((6, 7, 5), True, P()),
+  )
+  def test_division_at_rest(self, shape, is_stack, expected):
+    sizes = {'stage': 4, 'data': 1}
+    self.assertEqual(placement.divide(P(), shape, sizes, is_stack), expected)
+
+  def test_a_dimension_may_be_divided_already(self):
+    sizes = {'stage': 2, 'expert': 4}
+    spec = placement.divide(P(None, 'expert'), (3, 8, 6, 6), sizes, True)
+    self.assertEqual(spec, P(None, 'expert', 'stage', None))
+
+
+if __name__ == '__main__':
+  absltest.main()

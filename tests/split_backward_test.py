@@ -1,0 +1,207 @@
+"""Input and weight gradients apart are the whole backward pass, at its cost."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import absltest, parameterized
+
+from deepseek_jax import config as config_lib
+from deepseek_jax import presets
+from deepseek_jax.layers import stack
+from deepseek_jax.ops import fp8_linear, fp8_recipe
+from deepseek_jax.parallel import split_backward
+from deepseek_jax.training import step as step_lib
+from tests import tolerances
+
+_B, _T = 2, 16
+
+
+def _flops(function, *args) -> float:
+  compiled = jax.jit(function).lower(*args).compile()
+  return compiled.cost_analysis().get('flops', 0)
+
+
+@jax.custom_vjp
+def _linear(x, w):
+  return x @ w
+
+
+_linear.defvjp(
+  lambda x, w: (x @ w, (x, w)),
+  lambda r, dy: (dy @ r[1].T, jnp.einsum('...i,...o->io', r[0], dy)),
+)
+
+
+def _two_layers(params, state, x, aux):
+  """Calls of every sort that appear in a model: nested, custom, unrolled."""
+  for i in range(2):
+    h = jax.nn.silu(_linear(x * aux[:, None], params['w1'][i]))
+    x = x + jax.jit(jnp.matmul)(h, params['w2'][i]) * params['scale'][i]
+  return x + state, {'mean': x.mean()}
+
+
+def _matrices(n):
+  rng = np.random.default_rng(0)
+  w1, w2 = rng.normal(size=(2, n, 64, 64)).astype(np.float32) / 8
+  scale = rng.normal(size=(n, 64)).astype(np.float32)
+  x, dy = rng.normal(size=(2, 32, 64)).astype(np.float32)
+  params = {'w1': w1, 'w2': w2, 'scale': list(scale)}
+  return params, np.float32(0.5), x, np.ones(32, np.float32), dy
+
+
+def _parts(split, params, state, x, aux, dy):
+  """(y, stats, dparams, dx), of the four programs in turn."""
+  prepared = split.prepare(params, state)
+  y, stats, residuals = split.forward(params, state, prepared, x, aux)
+  dx, cut = split.input_grad(params, state, prepared, aux, residuals, dy)
+  dparams = split.weight_grad(params, state, prepared, aux, residuals, cut)
+  return y, stats, dparams, dx
+
+
+def _part_flops(split, params, state, x, aux, dy):
+  own = params, state, jax.eval_shape(split.prepare, params, state)
+  return {
+    'forward': _flops(split.forward, *own, x, aux),
+    'input': _flops(split.input_grad, *own, aux, split.residuals, dy),
+    'weight': _flops(split.weight_grad, *own, aux, split.residuals, split.cut),
+  }
+
+
+def _whole(function, params, state, x, aux, dy):
+  y, vjp, stats = jax.vjp(
+    lambda p, x: function(p, state, x, aux), params, x, has_aux=True
+  )
+  return y, stats, *vjp(dy)
+
+
+@functools.cache
+def _layer(policy, dtype):
+  """(function of an MoE layer with MLA, its arguments, dy)."""
+  config = config_lib.replace(
+    presets.tiny(),
+    {
+      'model.n_layers': 2,
+      'model.n_mtp_layers': 0,
+      'precision.compute_dtype': dtype,
+    },
+  )
+  model = step_lib.build_model(config)
+  variables = step_lib.init_variables(model, 0)
+  layer = model._layers()['moe_layers'][0]
+  params, state = (
+    jax.tree.map(lambda a: a[0], variables[name]['moe_layers'])
+    for name in ('params', 'router_state')
+  )
+
+  def function(params, state, x, segments):
+    positions = jnp.broadcast_to(jnp.arange(_T, dtype=jnp.int32), (_B, _T))
+    apply = stack.rematerialised(layer.apply, policy)
+    mask = (segments > 0).astype(jnp.float32)
+    variables = {'params': params, 'router_state': state}
+    x, stats = apply(variables, x, positions, None, mask)
+    return (x, stats.balance_loss), stats
+
+  rng = np.random.default_rng(1)
+  x, dy = rng.normal(size=(2, _B, _T, config.model.dim))
+  x, dy = jnp.asarray(x, model.dtype), jnp.asarray(dy, model.dtype)
+  segments = np.ones((_B, _T), np.int32)
+  return function, (params, state, x, segments), (dy, np.float32(0.1))
+
+
+class PlainTest(parameterized.TestCase):
+  def test_equals_vjp_and_recomputes_nothing(self):
+    *args, dy = _matrices(2)
+    split = split_backward.split(_two_layers, *args)
+    flops = _part_flops(split, *args, dy)
+    tolerances.assert_close(
+      _parts(split, *args, dy),
+      _whole(_two_layers, *args, dy),
+      tolerances.FLOAT32_MATH,
+    )
+    matmul = 2 * 32 * 64 * 64
+    for name in ('forward', 'input', 'weight'):  # Four matrices each.
+      self.assertBetween(flops[name], 4 * matmul, 4.4 * matmul, name)
+
+  def test_aux_is_never_a_residual_and_vectors_do_not_wait(self):
+    *args, _ = _matrices(2)
+    split = split_backward.split(_two_layers, *args)
+    self.assertNotIn((32,), [s.shape for s in split.residuals])
+    self.assertIn((64,), [s.shape for s in split.cut])
+
+  def test_a_scan_stays_whole(self):
+    """Why layers are not scanned over: nothing is left for later."""
+
+    def function(params, state, x, aux):
+      def body(x, w):
+        return x + jnp.tanh(x @ w), None
+
+      return jax.lax.scan(body, x, params['w1'])[0], None
+
+    *args, dy = _matrices(3)
+    split = split_backward.split(function, *args)
+    tolerances.assert_close(
+      _parts(split, *args, dy),
+      _whole(function, *args, dy),
+      tolerances.FLOAT32_MATH,
+    )
+    self.assertEqual(_part_flops(split, *args, dy)['weight'], 0)
+
+  def test_fp8_linear(self):
+    """Fprop, Dgrad and Wgrad in FP8; weights are quantised once, ahead."""
+
+    def function(w, state, x, aux):
+      inputs = fp8_linear.quantize_input(x, recipe)
+      return fp8_linear.fp8_linear(inputs, w, recipe), None
+
+    recipe = fp8_recipe.of(config_lib.FP8Config(enabled=True))
+
+    rng = np.random.default_rng(2)
+    w, x, dy = rng.normal(size=(3, 128, 128)).astype(np.float32)
+    args = w, (), x, ()
+    split = split_backward.split(function, *args)
+    parts = jax.jit(functools.partial(_parts, split))(*args, dy)
+    expected = jax.jit(functools.partial(_whole, function))(*args, dy)
+    tolerances.assert_close(parts, expected, tolerances.FLOAT32_MATH)
+    prepared = jax.eval_shape(split.prepare, w, ())
+    codes = {p.dtype for p in prepared if p.size == w.size}
+    self.assertEqual(codes, {jnp.dtype(jnp.float8_e4m3fn)})
+    wide = [r for r in split.residuals if r.dtype.itemsize > 1]
+    self.assertLess(sum(r.size for r in wide), x.size / 64)
+
+
+class LayerTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ('none', 'float32'), ('selective', 'float32'), ('full', 'bfloat16')
+  )
+  @pytest.mark.slow
+  def test_mla_and_moe(self, policy, dtype):
+    function, args, dy = _layer(policy, dtype)
+    split = split_backward.split(function, *args)
+    flops = _part_flops(split, *args, dy)
+    whole = functools.partial(_whole, function)
+    # The same operations, so that even bfloat16 agrees.
+    tolerances.assert_close(
+      jax.jit(functools.partial(_parts, split))(*args, dy),
+      jax.jit(whole)(*args, dy),
+      tolerances.FLOAT32_MATH,
+    )
+    total = sum(flops.values())
+    self.assertLess(total, 1.02 * _flops(whole, *args, dy))
+    self.assertGreater(flops['weight'], 0.2 * total)
+
+  def test_casts_are_prepared_once(self):
+    function, args, _ = _layer('full', 'bfloat16')
+    split = split_backward.split(function, *args)
+    prepared = jax.eval_shape(split.prepare, *args[:2])
+    matrices = [p for p in prepared if p.dtype == jnp.bfloat16]
+    n_matrices = len([p for p in jax.tree.leaves(args[0]) if p.ndim > 1])
+    self.assertLen(matrices, n_matrices - 1)  # The gate stays in float32.
+    # Full rematerialisation keeps nothing but the layer's input.
+    self.assertEqual([r.shape for r in split.residuals], [args[2].shape])
+
+
+if __name__ == '__main__':
+  absltest.main()
