@@ -59,7 +59,7 @@ class ExpertFfnTest(parameterized.TestCase):
 
   def test_blocks_are_as_small_as_the_rows_are_few(self):
     sizes = [expert_decode.block_size(r, 32) for r in (4, 32, 33, 256, 9999)]
-    self.assertEqual(sizes, [1, 1, 2, 8, 64])
+    self.assertEqual(sizes, [1, 2, 2, 8, 64])
 
 
 if __name__ == '__main__':

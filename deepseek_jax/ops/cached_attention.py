@@ -61,17 +61,20 @@ def attend_rows(
   """
   B, T, N, X = q_BTNX.shape
   S, n = k_BSnX.shape[1:3]
+  # All rows that share a head are one matrix: XLA then reads the cache where it
+  # lies, and does not transpose it.
+  q_BTnrX = q_BTNX.reshape(B, T, n, N // n, X)
+  q_BnRX = q_BTnrX.swapaxes(1, 2).reshape(B, n, -1, X)
   scores = jnp.einsum(
-    'BTnrX,BSnX->BnrTS',
-    q_BTNX.reshape(B, T, n, N // n, X),
-    k_BSnX,
-    preferred_element_type=jnp.float32,
+    'BnRX,BSnX->BnRS', q_BnRX, k_BSnX, preferred_element_type=jnp.float32
   )
   visible_BTS = jnp.arange(S) <= positions_BT[..., None]
-  scores = jnp.where(visible_BTS[:, None, None], scores * scale, _NEG_INF)
+  visible_BRS = jnp.repeat(visible_BTS, N // n, axis=1)
+  scores = jnp.where(visible_BRS[:, None], scores * scale, _NEG_INF)
   probs = jax.nn.softmax(scores, axis=-1).astype(v_BSnU.dtype)
-  out = jnp.einsum('BnrTS,BSnU->BTnrU', probs, v_BSnU)
-  return out.reshape(B, T, N, v_BSnU.shape[-1])
+  out = jnp.einsum('BnRS,BSnU->BnRU', probs, v_BSnU)
+  out_BnTrU = out.reshape(B, n, T, N // n, -1)
+  return out_BnTrU.swapaxes(1, 2).reshape(B, T, N, -1)
 
 
 def attend_latents(

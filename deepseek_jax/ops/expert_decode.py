@@ -7,6 +7,7 @@ only, once each: on a CPU as fast as if they had not been selected at all
 (experiments/LOG.md).
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -25,9 +26,14 @@ class _Blocks(NamedTuple):
 
 
 def block_size(n_rows: int, n_experts: int) -> int:
-  """The power of two at or above an expert's mean number of rows."""
-  mean = -(-n_rows // n_experts)
-  return min(1 << (mean - 1).bit_length(), _MAX_BLOCK)
+  """The power of two nearest to the mean number of rows of a chosen expert.
+
+  `n_rows` drawn at random choose `n_experts * (1 - (1 - 1 / n_experts)^n_rows)`
+  experts.  A larger block reads an expert's matrices less often, a smaller one
+  computes fewer rows in vain.
+  """
+  chosen = n_experts * (1 - (1 - 1 / n_experts) ** n_rows)
+  return min(1 << round(math.log2(n_rows / chosen)), _MAX_BLOCK)
 
 
 def _make_blocks(ids_R: jax.Array, n_experts: int, size: int) -> _Blocks:
