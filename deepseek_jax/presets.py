@@ -307,7 +307,7 @@ def tiny() -> Config:
         moe_inter_dim=16,
       ),
     ),
-    data=dataclasses.replace(base.data, seq_len=32, batch_size=4),
+    data=dataclasses.replace(base.data, seq_len=32, batch_size=8),
     optim=dataclasses.replace(base.optim, warmup_steps=2),
     train=config_lib.TrainConfig(
       steps=10,

@@ -7,11 +7,11 @@ import numpy as np
 from absl.testing import parameterized
 
 from tests import tolerances
-from tests.invariance_test import _config, _run
+from tests.invariance_test import _run, make_config
 
 
 def _small(**changes):
-  return _config(model__n_layers=3, model__n_mtp_layers=0, **changes)
+  return make_config(model__n_layers=3, model__n_mtp_layers=0, **changes)
 
 
 def _fp8(**changes):

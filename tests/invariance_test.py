@@ -18,10 +18,10 @@ from tests import tolerances
 from tests.parity_test import draw
 
 _LENGTH = 17
-_HYPER = schedules.Hyper(lr=1e-3, gamma=0.01, alpha=0.1, mtp_weight=0.3)
+HYPER = schedules.Hyper(lr=1e-3, gamma=0.01, alpha=0.1, mtp_weight=0.3)
 
 
-def _config(**changes):
+def make_config(**changes):
   """Three MoE layers, MTP, documents; `changes` are leaves, '__' for dots."""
   changes = {name.replace('__', '.'): v for name, v in changes.items()}
   base = {
@@ -40,8 +40,11 @@ _KEEP = optax.GradientTransformationExtraArgs(
 
 
 @functools.cache
-def _step(config):
-  return step.make_train_step(step.build_model(config), config, _KEEP)
+def step_of(config):
+  """(the compiled step, where its arrays lie)."""
+  model = step.build_model(config)
+  layout = step.make_layout(model, config)
+  return step.make_train_step(model, config, _KEEP, layout=layout), layout
 
 
 @functools.cache
@@ -49,19 +52,28 @@ def _variables(model_config):
   return draw(model_config, (-1.0, 0.3))
 
 
-def _run(config, batch, hyper=_HYPER):
-  """(losses and counts, gradients, biases) of one step on [B, T + 1]."""
+def arguments(config, batch):
+  """The first state, and a batch [B, T + 1] as the step takes it."""
+  _, layout = step_of(config)
   params, state = jax.tree.map(jnp.array, _variables(config.model))
   state = TrainState(jnp.int32(0), params, state, _KEEP.init(params))
   size = config.train.micro_batch_size or batch['tokens'].shape[0]
   cut = jax.tree.map(lambda x: x.reshape(-1, size, x.shape[-1]), batch)
-  new, metrics = _step(config)(state, cut, hyper)
+  if layout:
+    state = jax.device_put(state, layout.state(state))
+    cut = layout.put_batch(cut)
+  return state, cut
+
+
+def _run(config, batch, hyper=HYPER):
+  """(losses and counts, gradients, biases) of one step on [B, T + 1]."""
+  new, metrics = step_of(config)[0](*arguments(config, batch), hyper)
   names = [n for n in metrics if n.endswith('loss')]
   report = {n: metrics[n] for n in [*names, 'counts', 'dropped', 'grad_norm']}
   return report, new.opt_state, new.router_state
 
 
-def _batch():
+def make_batch():
   """Rows of several documents, with very different amounts of padding.
 
   The last column is padding: in a longer row a token there, here only a target,
@@ -84,7 +96,7 @@ def _assert_same(actual, expected, rung=tolerances.COMPONENT_PARITY):
 
 @functools.cache
 def _baseline():
-  return _run(_config(), _batch())
+  return _run(make_config(), make_batch())
 
 
 class StepTest(parameterized.TestCase):
@@ -94,19 +106,19 @@ class StepTest(parameterized.TestCase):
       self.assertGreater(report[name], 0.1, name)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
       self.assertGreater(jnp.abs(grad).max(), 0, path)
-    before = _variables(_config().model)[1]
+    before = _variables(make_config().model)[1]
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), biases, before)
     tolerances.assert_close(
       moved, jax.tree.map(lambda _: 0.01, moved), tolerances.DEEP_MODEL
     )
 
   def test_accumulation(self):
-    config = _config(train__micro_batch_size=1)
-    _assert_same(_run(config, _batch()), _baseline())
+    config = make_config(train__micro_batch_size=1)
+    _assert_same(_run(config, make_batch()), _baseline())
 
   def test_order_of_the_batch(self):
-    batch = jax.tree.map(lambda x: x[[2, 0, 3, 1]], _batch())
-    _assert_same(_run(_config(), batch), _baseline())
+    batch = jax.tree.map(lambda x: x[[2, 0, 3, 1]], make_batch())
+    _assert_same(_run(make_config(), batch), _baseline())
 
   @parameterized.parameters(
     ('none', False),
@@ -116,12 +128,12 @@ class StepTest(parameterized.TestCase):
   )
   def test_recomputation_and_scan(self, remat, scan):
     """Three MoE layers: `alternate` has a pair and one left over."""
-    config = _config(train__remat=remat, train__scan_layers=scan)
-    _assert_same(_run(config, _batch()), _baseline())
+    config = make_config(train__remat=remat, train__scan_layers=scan)
+    _assert_same(_run(config, make_batch()), _baseline())
 
   def test_padding(self):
     """Longer rows, a row of nothing, other ids in the padding."""
-    batch = _batch()
+    batch = make_batch()
     rng = np.random.default_rng(9)
     noise = rng.integers(512, size=(5, _LENGTH + 8)).astype(np.int32)
     segments = np.zeros_like(noise)
@@ -130,19 +142,19 @@ class StepTest(parameterized.TestCase):
       batch['segments'] > 0, batch['tokens'], noise[:4, : _LENGTH + 1]
     )
     longer = {'tokens': noise, 'segments': segments}
-    _assert_same(_run(_config(), longer), _baseline())
+    _assert_same(_run(make_config(), longer), _baseline())
 
   def test_packed_documents_are_separate_documents(self):
     """All but the balance loss, which is a mean over rows by definition."""
-    hyper = _HYPER._replace(alpha=0.0)
-    packed, separate = _batch(), {'tokens': [], 'segments': []}
+    hyper = HYPER._replace(alpha=0.0)
+    packed, separate = make_batch(), {'tokens': [], 'segments': []}
     for tokens, segments in zip(packed['tokens'], packed['segments']):
       for document in range(1, segments.max() + 1):
         own = segments == document
         for name, x in (('tokens', tokens[own]), ('segments', own[own])):
           separate[name].append(np.pad(x, (0, _LENGTH + 1 - own.sum())))
     separate = {n: np.array(x, np.int32) for n, x in separate.items()}
-    a, e = (_run(_config(), batch, hyper) for batch in (separate, packed))
+    a, e = (_run(make_config(), batch, hyper) for batch in (separate, packed))
     for report in (a[0], e[0]):
       report.pop('balance_loss')
     _assert_same(a, e)
@@ -157,18 +169,18 @@ class StepTest(parameterized.TestCase):
       'model__moe__balance': 'aux_loss',
       'model__moe__aux_loss': 'expert',
     }
-    expected = _run(_config(**changes), _batch())
+    expected = _run(make_config(**changes), make_batch())
     self.assertGreater(expected[0]['dropped'], 0)
-    longer = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, 3))), _batch())
+    longer = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, 3))), make_batch())
     shuffled = jax.tree.map(lambda x: x[[3, 1, 0, 2]], longer)
-    config = _config(train__micro_batch_size=2, **changes)
+    config = make_config(train__micro_batch_size=2, **changes)
     _assert_same(_run(config, shuffled), expected)
 
 
 class WeightsTest(parameterized.TestCase):
   @parameterized.product(k=(0, 1, 2, 3, 15), crosses=(True, False))
   def test_targets_end_with_the_document(self, k, crosses):
-    segments = _batch()['segments'][:, :-1]
+    segments = make_batch()['segments'][:, :-1]
     actual = step.target_weights(jnp.asarray(segments), k, crosses)
     expected = np.zeros((4, _LENGTH - 1))
     for b in range(4):
@@ -183,11 +195,11 @@ class WeightsTest(parameterized.TestCase):
 class LeakTest(parameterized.TestCase):
   def test_no_head_sees_the_future(self):
     """Head k at position i has read tokens up to i + k."""
-    config = _config(model__n_mtp_layers=2).model
+    config = make_config(model__n_mtp_layers=2).model
     params, state = _variables(config)
     variables = {'params': params, 'router_state': state}
     apply = jax.jit(deepseek.Transformer(config).apply)
-    tokens = _batch()['tokens'][:1]
+    tokens = make_batch()['tokens'][:1]
     for t in (0, 9, _LENGTH):
       changed = tokens.copy()
       changed[0, t] = (changed[0, t] + 1) % config.vocab_size
@@ -203,9 +215,9 @@ class LeakTest(parameterized.TestCase):
         self.assertGreater(difference, 1e-2, f'head {k} at {t}')
 
   def test_documents_do_not_see_each_other(self):
-    config = _config().model
+    config = make_config().model
     params, state = _variables(config)
-    batch = _batch()
+    batch = make_batch()
     tokens, segments = (x[:1] for x in (batch['tokens'], batch['segments']))
     other = np.where(segments == 2, tokens, (tokens + 7) % config.vocab_size)
     for masked in (True, False):
@@ -228,18 +240,18 @@ class LeakTest(parameterized.TestCase):
 class SeedTest(parameterized.TestCase):
   def test_a_seed_reproduces_a_run_bitwise(self):
     config = dataclasses.replace(
-      _config(), precision=config_lib.PrecisionConfig('float32')
+      make_config(), precision=config_lib.PrecisionConfig('float32')
     )
     model = step.build_model(config)
     tx = optimizer.adamw(config.optim, config.precision)
     train_step = step.make_train_step(model, config, tx)
-    batch = jax.tree.map(lambda x: x[None], _batch())
+    batch = jax.tree.map(lambda x: x[None], make_batch())
 
     def run(seed):
       state = step.init_state(model, tx, seed)
       reports = []
       for _ in range(3):
-        state, metrics = train_step(state, batch, _HYPER)
+        state, metrics = train_step(state, batch, HYPER)
         reports.append(jax.device_get(metrics))
       return jax.device_get(state), reports
 

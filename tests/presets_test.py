@@ -167,7 +167,7 @@ class RefusalTest(parameterized.TestCase):
     ('data.val_fraction', 1.0, '(0, 1)'),
     ('data.fim_rate', 1.5, '[0, 1]'),
     ('data.seq_len', 1, 'at least 2'),
-    ('data.batch_size_start', 8, 'batch_size=4'),
+    ('data.batch_size_start', 16, 'batch_size=8'),
     ('data.source', '', 'name a source'),
     ('optim.b2', 1.0, '[0, 1)'),
     ('optim.clip_norm', 0.0, 'above 0'),

@@ -52,6 +52,11 @@ def holdings(declared: Any, config: Config, layout: Layout) -> list[Holding]:
   return [_together(parts) for parts in groups.values()]
 
 
+def total(lines: list[Holding]) -> Holding:
+  """Everything that a device holds."""
+  return _together([line._replace(name='a device holds') for line in lines])
+
+
 def _holding(name, shape, stored, step, dtype, config, mesh) -> Holding:
   def local(spec):
     return math.prod(NamedSharding(mesh, spec).shard_shape(shape))
@@ -85,8 +90,7 @@ def table(declared: Any, config: Config, layout: Layout) -> str:
   lines = holdings(declared, config, layout)
   for line in lines:
     rows.append(_row(line, _axes(line.stored)))
-  total = _together([line._replace(name='a device holds') for line in lines])
-  rows.append(_row(total, ''))
+  rows.append(_row(total(lines), ''))
   widths = [max(map(len, column)) for column in zip(*rows)]
   text = [f'mesh: {axes}']
   for row in rows:

@@ -203,12 +203,11 @@ def make(
   parallel = config.parallel
   if parallel.n_devices == 1 and jax.process_count() == 1:
     return None
-  for axis in ('node', 'expert', 'stage'):
-    if getattr(parallel, axis) > 1:
-      raise ValueError(
-        f'parallel.{axis}={getattr(parallel, axis)}: the train step cannot '
-        'divide this axis yet; use 1'
-      )
+  if parallel.stage > 1:
+    raise ValueError(
+      f'parallel.stage={parallel.stage}: the train step has no pipeline yet; '
+      'use 1'
+    )
   mesh = mesh_lib.build(parallel, devices)
   compute = jnp.dtype(config.precision.compute_dtype)
 

@@ -1,0 +1,88 @@
+"""Starts several processes of one command on this machine, as one run.
+
+    python -m experiments.launch --processes=2 -- \\
+      python -m experiments.train --preset=tiny --data.batch_size=8 \\
+      --parallel.data=8 --parallel.cpu_devices=4
+
+Each gets the --parallel flags by which they find each other.  If one ends
+badly, the others do within a minute, and so does this program, with its status.
+On a cluster, let srun or mpirun start the command, with
+--parallel.num_processes=0: see BUILD.md.
+"""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from absl import app
+from absl import flags as absl_flags
+
+_PROCESSES = absl_flags.DEFINE_integer(
+  'processes', 2, 'How many.', lower_bound=1
+)
+# A process notices by itself that another is gone, and says so.
+_GRACE_SECONDS = 45
+
+
+def _free_port() -> int:
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    return s.getsockname()[1]
+
+
+def _start(command: list[str]) -> list[subprocess.Popen]:
+  count, coordinator = _PROCESSES.value, f'127.0.0.1:{_free_port()}'
+  return [
+    subprocess.Popen(
+      [
+        *command,
+        f'--parallel.num_processes={count}',
+        f'--parallel.process_id={i}',
+        f'--parallel.coordinator={coordinator}',
+      ],
+      # Else a Ctrl-C would reach them twice, which means to quit at once.
+      start_new_session=True,
+    )
+    for i in range(count)
+  ]
+
+
+def _wait(processes: list[subprocess.Popen]) -> int:
+  """The status of the first that ends badly, or 0 when all have ended well."""
+  bad, deadline = 0, float('inf')
+  while any(p.poll() is None for p in processes):
+    failed = [i for i, p in enumerate(processes) if p.poll()]
+    if failed and not bad:
+      bad = processes[failed[0]].returncode
+      deadline = time.monotonic() + _GRACE_SECONDS
+      print(
+        f'process {failed[0]} ended with status {bad}; the others follow',
+        file=sys.stderr,
+      )
+    if time.monotonic() > deadline:
+      for process in processes:
+        process.kill()
+    time.sleep(0.1)
+  return bad or next((p.returncode for p in processes if p.returncode), 0)
+
+
+def main(argv: list[str]) -> None:
+  """Runs what follows `--`, several times at once."""
+  if len(argv) < 2:
+    app.usage(shorthelp=True, exitcode=2)
+  processes = _start(argv[1:])
+
+  def forward(number, _):
+    for process in processes:
+      process.send_signal(number)
+
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, forward)
+  status = _wait(processes)
+  sys.exit(128 - status if status < 0 else status)
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,208 @@
+"""The train step on 8 devices: one device's numbers, and what crosses links.
+
+Each layout is compiled once; every test looks at that program.
+"""
+
+import functools
+from collections import Counter
+
+import jax
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from deepseek_jax import config as config_lib
+from deepseek_jax.parallel import hlo
+from deepseek_jax.training import holdings, step
+from tests import invariance_test as invariance
+from tests import tolerances
+
+_ROWS = 16
+_BASE = {'model.n_layers': 3, 'data.batch_size': _ROWS}
+# Recomputation and accumulation on, in different mixtures.
+_LAYOUTS = {
+  'DP': {
+    'parallel.data': 8,
+    'train.micro_batch_size': 8,
+    'train.remat': 'full',
+  },
+  'ZeRO-1': {
+    'parallel.data': 8,
+    'parallel.zero1': True,
+    'train.micro_batch_size': 8,
+  },
+  'FSDP': {
+    'parallel.data': 2,
+    'parallel.fsdp': 4,
+    'train.remat': 'selective',
+    'train.micro_batch_size': 8,
+  },
+  'EP': {
+    'parallel.node': 2,
+    'parallel.expert': 4,
+    'train.remat': 'selective',
+    'train.micro_batch_size': 8,
+  },
+  'EP+FSDP': {
+    'parallel.data': 2,
+    'parallel.fsdp': 2,
+    'parallel.expert': 2,
+    'parallel.zero1': True,
+    'train.remat': 'full',
+  },
+}
+
+
+def _config(layout):
+  config = invariance.make_config(**{'model__n_layers': 3})
+  changes = {**_BASE, **_LAYOUTS.get(layout, {})}
+  return config_lib.replace(config, changes)
+
+
+def _batch():
+  """Rows with very different numbers of tokens, so that shards differ."""
+  parts = [invariance.make_batch()] * (_ROWS // 4)
+  whole = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+  rng = np.random.default_rng(1)
+  shift = rng.integers(512, size=(_ROWS, 1)).astype(np.int32)
+  return {**whole, 'tokens': (whole['tokens'] + shift) % 512}
+
+
+@functools.cache
+def _compiled(layout):
+  config = _config(layout)
+  train_step, _ = invariance.step_of(config)
+  arguments = *invariance.arguments(config, _batch()), invariance.HYPER
+  return train_step.lower(*arguments).compile(), arguments
+
+
+@functools.cache
+def _results(layout):
+  program, arguments = _compiled(layout)
+  new, metrics = program(*jax.tree.map(lambda x: x, arguments))
+  names = [n for n in metrics if n.endswith('loss')]
+  report = {n: metrics[n] for n in [*names, 'counts', 'dropped', 'grad_norm']}
+  return jax.device_get((report, new.opt_state, new.router_state))
+
+
+@functools.cache
+def _collectives(layout):
+  _, where = invariance.step_of(_config(layout))
+  text = _compiled(layout)[0].as_text()
+  return hlo.collectives(hlo.parse(text), where.mesh.shape)
+
+
+def _payload(layout, kind, axes):
+  """Bytes of all executions of one kind of collective along some axes."""
+  found = _collectives(layout)
+  assert all(c.is_counted for c in found)
+  return sum(
+    c.payload * c.times for c in found if (c.kind, c.axes) == (kind, axes)
+  )
+
+
+def _held(layout):
+  """`Holding` of all parameters together."""
+  config = _config(layout)
+  _, where = invariance.step_of(config)
+  declared = step.declare(step.build_model(config))
+  lines = holdings.holdings(declared, config, where)
+  return holdings.total(lines)
+
+
+class EqualityTest(parameterized.TestCase):
+  @parameterized.parameters(*_LAYOUTS)
+  def test_losses_gradients_counts_and_biases_are_those_of_one_device(
+    self, layout
+  ):
+    actual, expected = _results(layout), _results('SINGLE')
+    for a, e, name in zip(actual, expected, ('report', 'gradients', 'bias')):
+      tolerances.assert_close(a, e, tolerances.COMPONENT_PARITY, name)
+    np.testing.assert_array_equal(actual[0]['counts'], expected[0]['counts'])
+    jax.tree.map(np.testing.assert_array_equal, actual[2], expected[2])
+
+
+class CollectivesTest(parameterized.TestCase):
+  """By kind and axes; sums of a few numbers are no more than 64 kB."""
+
+  def test_data_parallelism_sums_gradients_once(self):
+    found = {(c.kind, c.axes) for c in _collectives('DP')}
+    self.assertEqual(found, {('all-reduce', ('data',))})
+    gradients = 4 * _held('DP').elements
+    self._assert_about(_payload('DP', 'all-reduce', ('data',)), gradients)
+
+  def test_zero1_collects_parameters_and_scatters_gradients_once(self):
+    kinds = Counter(c.kind for c in _collectives('ZeRO-1'))
+    self.assertEqual(set(kinds), {'all-gather', 'reduce-scatter', 'all-reduce'})
+    matrices = 4 * _held('ZeRO-1').elements
+    for kind in ('all-gather', 'reduce-scatter'):
+      self._assert_about(_payload('ZeRO-1', kind, ('data',)), matrices)
+    self._assert_about(_payload('ZeRO-1', 'all-reduce', ('data',)), 0)
+
+  def test_fsdp_collects_twice_and_scatters_once_per_micro_batch(self):
+    kinds = {(c.kind, c.axes) for c in _collectives('FSDP')}
+    everyone = ('data', 'fsdp')
+    self.assertEqual(
+      kinds,
+      {
+        ('all-gather', ('fsdp',)),
+        ('reduce-scatter', ('fsdp',)),
+        ('all-reduce', ('data',)),
+        ('all-reduce', everyone),
+      },
+    )
+    matrices, micro_batches = 4 * _held('FSDP').elements, 2
+    tops = 4 * 2 * 512 * 32  # Embedding and head are collected once.
+    for kind, times in (('all-gather', 2), ('reduce-scatter', 1)):
+      total = micro_batches * (times * (matrices - tops) + tops)
+      self._assert_about(_payload('FSDP', kind, ('fsdp',)), total)
+    # Parts of the gradients, of which a device has a quarter.
+    part = matrices / 4
+    self._assert_about(_payload('FSDP', 'all-reduce', ('data',)), part)
+    self._assert_about(_payload('FSDP', 'all-reduce', everyone), 0)
+
+  @parameterized.parameters('EP', 'EP+FSDP')
+  def test_tokens_go_to_experts_and_no_expert_moves(self, layout):
+    found = _collectives(layout)
+    moved = {c.axes for c in found if c.kind == 'all-to-all'}
+    hops = {('node',), ('expert',)} if layout == 'EP' else {('expert',)}
+    self.assertEqual(moved, hops)
+    gathered = {
+      c.axes for c in found if c.kind == 'all-gather' and c.payload > 4096
+    }
+    self.assertEqual(gathered, {('fsdp',)} if layout == 'EP+FSDP' else set())
+    kinds = {'all-to-all', 'all-reduce', 'all-gather'}
+    if layout == 'EP+FSDP':
+      kinds.add('reduce-scatter')
+    self.assertEqual({c.kind for c in found}, kinds)
+
+  def test_parameters_travel_in_the_compute_dtype(self):
+    changes = {'precision.compute_dtype': 'bfloat16'}
+    config = config_lib.replace(_config('ZeRO-1'), changes)
+    train_step, _ = invariance.step_of(config)
+    arguments = *invariance.arguments(config, _batch()), invariance.HYPER
+    lines = train_step.lower(*arguments).as_text().splitlines()
+    gathered = [line for line in lines if 'all_gather' in line]
+    gates = [line for line in gathered if 'xf32>' in line.split('->')[-1]]
+    self.assertGreater(len(gathered), 20)
+    self.assertLen(gates, 2)  # The gates of moe_layers and of mtp.
+
+  def _assert_about(self, actual, expected):
+    self.assertBetween(actual, 0.95 * expected, 1.05 * expected + 2**16)
+
+
+class MemoryTest(parameterized.TestCase):
+  @parameterized.parameters(*_LAYOUTS)
+  def test_a_device_is_given_its_part_and_no_more(self, layout):
+    """What this optimizer keeps, the gradients, it does not read: no input."""
+    memory = _compiled(layout)[0].memory_analysis()
+    held = _held(layout).state / 2  # Master weights: 4 of 8 bytes.
+    batch = 2 * 4 * _ROWS * 18 / 8
+    self.assertBetween(
+      memory.argument_size_in_bytes, held + batch, held + batch + 1024
+    )
+    # The new state takes the place of the old one.
+    self.assertGreaterEqual(memory.alias_size_in_bytes, held)
+
+
+if __name__ == '__main__':
+  absltest.main()
