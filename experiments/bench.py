@@ -3,6 +3,7 @@
     python -m experiments.bench                       # bench_cpu
     python -m experiments.bench --suite=decode        # prefill and generation
     python -m experiments.bench --suite=remat         # recomputation policies
+    python -m experiments.bench --suite=parallel --preset=quickstart
     python -m experiments.bench --preset=tiny --rounds=2
 
 Prints ratios: other work on the machine slows both sides of each.
@@ -22,7 +23,10 @@ from deepseek_jax.planner import flops as flops_lib
 from experiments import bench_worker
 
 _SUITE = absl_flags.DEFINE_enum(
-  'suite', 'train', ['train', 'decode', 'remat'], 'What is compared.'
+  'suite',
+  'train',
+  ['train', 'decode', 'remat', 'parallel'],
+  'What is compared.',
 )
 _ROUNDS = absl_flags.DEFINE_integer(
   'rounds', 5, 'Timed rounds after one of warm-up.', lower_bound=1
@@ -215,6 +219,11 @@ def main() -> None:
   config, _ = flags.resolve()
   if _SUITE.value == 'remat':
     print(_remat_table(config))
+    return
+  if _SUITE.value == 'parallel':
+    from experiments import bench_parallel
+
+    print(bench_parallel.tables(config, _ROUNDS.value))
     return
   preset = absl_flags.FLAGS.preset
   updates = config_lib.diff(presets.PRESETS[preset](), config)

@@ -18,7 +18,7 @@ _README = (_ROOT / 'README.md').read_text(encoding='utf-8')
 _BUILD = (_ROOT / 'BUILD.md').read_text(encoding='utf-8')
 _PROGRAMS = (
   '.', '.ci/run', 'cp', 'mkdir', 'pip', 'pytest', 'python', 'python3.11', 'rm',
-  'ruff', 'tensorboard',
+  'ruff', 'srun', 'tensorboard',
 )  # fmt: skip
 
 
@@ -54,6 +54,7 @@ def _in_docstrings():
 def _experiments():
   """Each documented (program, its arguments) once."""
   commands = [*_DOCUMENTED, *_in_docstrings()]
+  commands = [c[c.index('python') :] if c[0] == 'srun' else c for c in commands]
   found = {
     (command[2], *command[3:])
     for command in commands

@@ -4,6 +4,7 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -11,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from deepseek_jax import config as config_lib
 from deepseek_jax import presets
 from deepseek_jax.layers import params
+from deepseek_jax.ops import losses
 from deepseek_jax.parallel import mesh as mesh_lib
 from deepseek_jax.parallel import rules, sharding
 from deepseek_jax.training import step
@@ -151,7 +153,7 @@ class ShardingTest(parameterized.TestCase):
     w, x = w.astype(np.float32), x.astype(np.float32)
 
     def loss(w, x):
-      return (jax.numpy.sin(x @ w) ** 2).sum()
+      return (jnp.sin(x @ w) ** 2).sum()
 
     def per_device(w, x):
       def local(w):
@@ -183,6 +185,46 @@ class ShardingTest(parameterized.TestCase):
     parts = _parts(place.stored, mesh.shape)
     self.assertEqual(local * parts, w.size)
     self.assertEqual(parts, 8 if zero1 else mesh.shape['fsdp'])
+
+  def test_the_balance_loss_of_the_whole_batch(self):
+    """Its shares add up, and so do their gradients."""
+    moe = config_lib.MoEConfig(
+      n_routed_experts=6,
+      n_activated_experts=2,
+      n_expert_groups=1,
+      n_limited_groups=1,
+      aux_loss='batch',
+    )
+    rng = np.random.default_rng(0)
+    scores = rng.uniform(size=(8, 5, 6)).astype(np.float32)
+    ids = jnp.argsort(-scores)[..., :2]
+    mask = (np.arange(5) < np.arange(8)[:, None]).astype(np.float32)
+
+    def loss(scores, ids, mask):
+      return losses.balance_loss(scores, ids, moe, mask, sharding.batch_sum)
+
+    grad = jax.value_and_grad(loss)
+
+    def per_device(*args):
+      value, gradient = grad(*args)
+      return sharding.batch_sum(value), gradient
+
+    mesh = mesh_lib.build(config_lib.ParallelConfig(data=4, expert=2))
+    rows = rules.spec(('batch', None, None), scores.shape, mesh.shape)
+    run = jax.jit(
+      jax.shard_map(
+        per_device,
+        mesh=mesh,
+        in_specs=(rows, rows, PartitionSpec(*rows[:2])),
+        out_specs=(PartitionSpec(), rows),
+        check_vma=False,
+      )
+    )
+    tolerances.assert_close(
+      run(scores, ids, mask),
+      grad(scores, ids, mask),
+      tolerances.COMPONENT_PARITY,
+    )
 
 
 if __name__ == '__main__':

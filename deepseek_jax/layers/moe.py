@@ -112,5 +112,9 @@ class MoE(nn.Module):
     if moe.balance == 'none':
       return jnp.zeros((), jnp.float32)
     return losses.balance_loss(
-      route.scores_TE, route.expert_ids_TK, moe, mask_BT
+      route.scores_TE,
+      route.expert_ids_TK,
+      moe,
+      mask_BT,
+      sharding.batch_sum,
     )

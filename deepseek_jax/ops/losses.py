@@ -1,6 +1,7 @@
 """Cross-entropy without a [T, V] array, and the balance losses."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -144,6 +145,7 @@ def balance_loss(
   expert_ids_BTK: jax.Array,
   config: MoEConfig,
   mask_BT: jax.Array,
+  batch_sum: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> jax.Array:
   """`sum_i f_i P_i` of one layer, summed over sequences: float32 scalar.
 
@@ -161,6 +163,8 @@ def balance_loss(
     expert_ids_BTK: int32, the experts selected, best first.
     config: kind of loss, E and K.
     mask_BT: float32, 0 for padding.
+    batch_sum: where devices share the batch, sums over them.  The result is
+      then this device's share of the loss.
   """
   E, K = config.n_routed_experts, config.n_activated_experts
   probs = scores_BTE
@@ -170,13 +174,14 @@ def balance_loss(
   elif config.aux_loss == 'gshard':
     expert_ids_BTK, K = expert_ids_BTK[..., :1], 1
   chosen_BTE = jax.nn.one_hot(expert_ids_BTK, E, dtype=jnp.float32).sum(-2)
-  axes = (0, 1) if config.aux_loss == 'batch' else (1,)
-  tokens = jnp.maximum(mask_BT.sum(axes), 1.0)[..., None]
+  is_batch = config.aux_loss == 'batch'
+  axes, total = ((0, 1), batch_sum) if is_batch else ((1,), lambda x: x)
+  tokens = jnp.maximum(total(mask_BT.sum(axes)), 1.0)[..., None]
   mask = mask_BT[..., None]
-  f = E / (K * tokens) * (chosen_BTE * mask).sum(axes)
+  f = E / (K * tokens) * total((chosen_BTE * mask).sum(axes))
   p = (probs * mask).sum(axes) / tokens
   loss = jnp.sum(f * p)
   # Every kind is a sum over sequences, so that one division serves them all.
-  if config.aux_loss == 'batch':
-    loss *= mask_BT.any(-1).sum()
+  if is_batch:
+    loss *= total(mask_BT.any(-1).sum())
   return loss

@@ -1,4 +1,4 @@
-"""Which mesh axes divide which dimension: logical names to mesh axes.
+"""Which mesh axes divide which dimension (V3 section 3.2).
 
 One table serves every layout: an axis of size 1 divides nothing, so data
 parallelism, FSDP, expert parallelism and their products are cases of it.

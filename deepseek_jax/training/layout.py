@@ -1,4 +1,4 @@
-"""Where the arrays of a run lie, and what a step does to bring them together.
+"""Where the arrays of a run lie and come together (V3 section 3.2).
 
 A step's losses and gradients are computed device by device (`per_device`).  The
 optimizer works on the stored parts, elementwise, and needs no collective but
