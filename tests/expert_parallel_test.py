@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.config import MoEConfig, ParallelConfig
 from deepseek_jax.ops import experts, routing
 from deepseek_jax.ops.fp8_recipe import Kept
-from deepseek_jax.parallel import expert, rules
+from deepseek_jax.parallel import expert, hlo, rules
 from deepseek_jax.parallel import mesh as mesh_lib
 from deepseek_jax.parallel.expert import Exchange
 from tests import tolerances
@@ -157,6 +157,27 @@ class RoutedFfnTest(parameterized.TestCase):
     expected = _run(experts.expert_ffn, (rounded(x), *others), ids, rounded(dy))
     got = _parallel(make_mesh(**sizes), Exchange(kept=kept))
     tolerances.assert_close(got, expected, tolerances.COMPONENT_PARITY)
+
+  def test_rows_that_a_policy_keeps_are_not_sent_again(self):
+    """Recomputation dispatches nothing: the same exchanges as without it."""
+    args, ids, dy = _problem()
+    keep = jax.checkpoint_policies.save_only_these_names(
+      'routing', 'dispatched', 'ffn_up'
+    )
+
+    def exchanges(wrap):
+      def loss(x, w1, w2, w3, weights):
+        run = wrap(lambda *a: expert.routed_ffn(*a[:4], ids, a[4]))
+        return (run(x, w1, w2, w3, weights) * dy).sum()
+
+      gradients = jax.jit(jax.grad(loss, (0, 1, 2, 3, 4)))
+      text = gradients.lower(*args).compile().as_text()
+      found = hlo.collectives(hlo.parse(text), {'expert': 4})
+      return sum(c.kind == 'all-to-all' and 'f32' in c.dtypes for c in found)
+
+    with jax.set_mesh(make_mesh(expert=4)):
+      again = exchanges(lambda f: jax.checkpoint(f, policy=keep))
+      self.assertEqual(again, exchanges(lambda f: f))
 
   def test_a_manual_region_needs_no_other(self):
     """As in a pipeline's stage: manual over `stage`, and over all axes."""

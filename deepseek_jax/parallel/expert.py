@@ -383,6 +383,10 @@ def dispatch(
     index: int32, the round of the last hop.
     kept: see `Exchange`.
   """
+  return _dispatch(x_TD, weights_TK, hops, index, kept)
+
+
+def _dispatch(x_TD, weights_TK, hops, index, kept):
   gates = weights_TK
   for hop in hops[:-1]:
     gates = push(gates, hop, 0)
@@ -392,7 +396,8 @@ def dispatch(
 
 
 def _dispatch_fwd(x_TD, weights_TK, hops, index, kept):
-  return dispatch(x_TD, weights_TK, hops, index, kept), (hops, index)
+  # Not `dispatch`: recomputation policies see no names within a custom_vjp.
+  return _dispatch(x_TD, weights_TK, hops, index, kept), (hops, index)
 
 
 def _dispatch_bwd(kept, residuals, cotangents):
