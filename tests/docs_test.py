@@ -31,7 +31,7 @@ def _commands(text):
   lines = text.replace('\\\n', ' ').splitlines()
   parts = [part for line in lines for part in line.split(' && ')]
   words = [shlex.split(part, comments=True) for part in parts]
-  bare = [[w for w in part if not re.match(r'[A-Z]+=', w)] for part in words]
+  bare = [[w for w in part if not re.match(r'[A-Z_]+=', w)] for part in words]
   return [part for part in bare if part]
 
 

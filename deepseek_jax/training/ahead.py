@@ -1,0 +1,188 @@
+"""A training step, or one MoE layer, compiled for devices that are not here.
+
+What comes out is the program that each of those devices would run: its memory,
+its collectives, and how long compiling took (V3 section 3.1 has 2,048 of them).
+`parallel/topology.py` gives the devices.
+"""
+
+import collections
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from deepseek_jax.config import Config
+from deepseek_jax.layers.moe import MoE
+from deepseek_jax.parallel import hlo, rules, sharding
+from deepseek_jax.planner import memory
+from deepseek_jax.training import layout as layout_lib
+from deepseek_jax.training import optimizer, step
+from deepseek_jax.training.layout import Layout
+from deepseek_jax.training.schedules import Hyper
+
+# Without a device nothing is tuned, and XLA's own matmul kernels refuse some
+# small shapes; cuBLAS takes all, and compiles sooner.
+_OPTIONS = {'xla_gpu_enable_triton_gemm': False}
+
+
+class Program(NamedTuple):
+  """A compiled program.
+
+  Attributes:
+    hlo: after all optimizations, of one device.
+    arguments: bytes on one device that live across calls.
+    temporary: bytes that it allocates in addition, at its peak.
+    collectives: all of them.
+    lowering: seconds.
+    compiling: seconds.
+  """
+
+  hlo: str
+  arguments: int
+  temporary: int
+  collectives: list[hlo.Collective]
+  lowering: float
+  compiling: float
+
+
+def _shapes(tree: Any, place: jax.sharding.Sharding) -> Any:
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
+  )
+
+
+def train_step(config: Config, devices: Sequence[jax.Device]) -> Program:
+  """One whole optimizer step.
+
+  Raises:
+    ValueError: the layout asks for another number of devices.
+  """
+  started = time.perf_counter()
+  model = step.build_model(config)
+  tx = optimizer.adamw(config.optim, config.precision)
+  layout = layout_lib.make(step.declare(model), config, devices)
+  state = step.abstract_state(model, tx, layout)
+  everywhere = batch_place = SingleDeviceSharding(devices[0])
+  if layout is None:
+    state = _shapes(state, everywhere)
+  else:
+    everywhere = layout.replicated
+    batch_place = NamedSharding(layout.mesh, layout.batch_spec)
+  b = config.micro_batch_size
+  shape = (config.data.batch_size // b, b, config.data.seq_len + 1)
+  rows = jax.ShapeDtypeStruct(shape, jnp.int32)
+  batch = _shapes({'tokens': rows, 'segments': rows}, batch_place)
+  scalar = jax.ShapeDtypeStruct((), jnp.float32)
+  hyper = _shapes(Hyper(*[scalar] * len(Hyper._fields)), everywhere)
+  run = step.make_train_step(model, config, tx, layout=layout)
+  return _compile(run.lower(state, batch, hyper), layout, started)
+
+
+def moe_layer(config: Config, devices: Sequence[jax.Device]) -> Program:
+  """One MoE layer, forwards and backwards, for one micro-batch.
+
+  Raises:
+    ValueError: no experts, or another number of devices.
+  """
+  started = time.perf_counter()
+  model, dtype = config.model, jnp.dtype(config.precision.compute_dtype)
+  if not model.moe.n_routed_experts:
+    raise ValueError('model.moe.n_routed_experts=0: there is no MoE layer')
+  layer = MoE(model, config.precision, config.parallel)
+  shape = (config.micro_batch_size, config.data.seq_len)
+  x = jax.ShapeDtypeStruct((*shape, model.dim), dtype)
+  mask = jax.ShapeDtypeStruct(shape, jnp.float32)
+  one = jnp.zeros((1, 1, model.dim), dtype), jnp.ones((1, 1))
+  declared = jax.eval_shape(layer.init, jax.random.key(0), *one)
+  layout = layout_lib.make(declared, config, devices)
+  variables = nn.meta.unbox(declared)
+
+  def gradients(params, state, x, mask, dy):
+    def apply(params, x):
+      if layout is not None:
+        whole = layout.used
+        params = jax.tree.map(sharding.gather, params, layout.step, whole)
+      y, _ = layer.apply({'params': params, 'router_state': state}, x, mask)
+      return y
+
+    if layout is not None:
+      params = layout.step_copy(params)
+    y, vjp = jax.vjp(apply, params, x)
+    dparams, dx = vjp(dy)
+    dparams = jax.tree.map(lambda g: g.astype(jnp.float32), dparams)
+    return y, dx, dparams if layout is None else layout.reduce(dparams)
+
+  everywhere = batch = SingleDeviceSharding(devices[0])
+  params = variables['params']
+  if layout is not None:
+    everywhere = layout.replicated
+    batch = NamedSharding(layout.mesh, PartitionSpec(rules.BATCH))
+    spec = batch.spec
+    gradients = layout.per_device(
+      gradients,
+      (layout.stored, layout_lib.WHOLE, spec, spec, spec),
+      (spec, spec, layout.stored),
+    )
+    params = jax.tree.map(_shapes, params, layout.params())
+  else:
+    params = _shapes(params, everywhere)
+  state = _shapes(variables['router_state'], everywhere)
+  x, mask = _shapes((x, mask), batch)
+  run = jax.jit(gradients)
+  return _compile(run.lower(params, state, x, mask, x), layout, started)
+
+
+def _compile(
+  lowered: jax.stages.Lowered, layout: Layout | None, started: float
+) -> Program:
+  traced = time.perf_counter()
+  compiled = lowered.compile(_OPTIONS)
+  ended = time.perf_counter()
+  text, sizes = compiled.as_text(), compiled.memory_analysis()
+  mesh = dict(layout.mesh.shape) if layout else {}
+  return Program(
+    text,
+    sizes.argument_size_in_bytes,
+    sizes.temp_size_in_bytes,
+    hlo.collectives(hlo.parse(text), mesh) if layout else [],
+    traced - started,
+    ended - traced,
+  )
+
+
+def describe(program: Program, config: Config, is_step: bool) -> str:
+  """Memory, collectives and times as text."""
+  p, total = program, program.arguments + program.temporary
+  lines = [
+    f'{config.parallel.n_devices} devices; lowered in {p.lowering:.1f} s, '
+    f'compiled in {p.compiling:.1f} s',
+    f'each device: {p.arguments / 1e9:.4g} GB of arguments, '
+    f'{p.temporary / 1e9:.4g} GB more at the peak',
+  ]
+  if is_step:
+    planned = memory.of_rank(config)
+    lines.append(
+      f'planned: {planned.state / 1e9:.4g} GB of state, '
+      f'{(planned.total - planned.state) / 1e9:.4g} GB more; compiled / '
+      f'planned: {total / planned.total:.2f}'
+    )
+  rows = collections.Counter()
+  counts = collections.Counter()
+  for c in p.collectives:
+    key = '+'.join(c.axes), c.kind, '+'.join(c.dtypes), c.is_counted
+    rows[key] += c.sent
+    counts[key] += c.times
+  if rows:
+    lines += [
+      '| over | collective | of | times | GB sent |',
+      '|---|---|---|---:|---:|',
+    ]
+  for (axes, kind, dtypes, is_counted), sent in sorted(rows.items()):
+    times = counts[axes, kind, dtypes, is_counted]
+    shown = f'{times}' if is_counted else f'{times} a round'
+    lines.append(f'| {axes} | {kind} | {dtypes} | {shown} | {sent / 1e9:.4g} |')
+  return '\n'.join(lines)

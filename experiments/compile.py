@@ -1,0 +1,45 @@
+"""Compiles a run's step, or its MoE layer, for GPUs that are not here.
+
+    python -m experiments.compile --preset=deepseek_v3 --what=moe_layer \
+      --parallel.node=8 --parallel.expert=8 --train.micro_batch_size=64
+    python -m experiments.compile --preset=deepseek_v2_lite --parallel.fsdp=8 \
+      --train.micro_batch_size=8 --data.batch_size=8 --topology=h200
+
+Prints the memory of each device beside the planner's, what crosses each axis of
+the mesh, and how long compiling took.  Of loops whose length is decided at run
+time (further rounds of the experts) one pass is counted.  The devices are
+`--parallel`'s; JAX's CUDA plugin is needed, not CUDA: see
+deepseek_jax/parallel/topology.py.
+"""
+
+from absl import flags as absl_flags
+
+from deepseek_jax import flags
+
+_WHAT = absl_flags.DEFINE_enum(
+  'what', 'train_step', ['moe_layer', 'train_step'], 'What is compiled.'
+)
+_TOPOLOGY = absl_flags.DEFINE_string('topology', 'h100', 'h100 or h200.')
+_HLO = absl_flags.DEFINE_string('hlo', None, 'Also write the program here.')
+flags.define(default_preset='deepseek_v3')
+
+
+def main() -> None:
+  """Compiles and prints."""
+  from deepseek_jax.parallel import topology
+  from deepseek_jax.training import ahead
+
+  config, _ = flags.resolve()
+  try:
+    devices = topology.topology(_TOPOLOGY.value, config.parallel.n_devices)
+  except RuntimeError as error:  # What to install.
+    raise ValueError(str(error)) from error
+  program = getattr(ahead, _WHAT.value)(config, devices)
+  if _HLO.value:
+    with open(_HLO.value, 'w') as file:
+      file.write(program.hlo)
+  print(ahead.describe(program, config, is_step=_WHAT.value == 'train_step'))
+
+
+if __name__ == '__main__':
+  flags.run(main)

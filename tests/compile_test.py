@@ -1,0 +1,70 @@
+"""`experiments.compile`: programs for GPUs that are not here."""
+
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from deepseek_jax import config, presets
+from deepseek_jax.training import ahead
+from tests import deviceless
+
+_TINY = ('--preset=tiny', '--data.seq_len=128', '--model.n_mtp_layers=0')
+
+
+def _compile(*flags):
+  """(memory of arguments and beyond in GB, rows of the table of collectives)"""
+  text = deviceless.run('-m', 'experiments.compile', *_TINY, *flags)
+  memory = re.search(r'(\S+) GB of arguments, (\S+) GB more', text)
+  rows = [line.split(' | ') for line in text.splitlines() if '| ' in line]
+  found = {(row[0][2:], row[1], row[2]): row[3] for row in rows[1:]}
+  return text, [float(size) for size in memory.groups()], found
+
+
+@pytest.mark.slow
+def test_a_step_and_what_it_communicates():
+  flags = ['--parallel.data=2', '--parallel.fsdp=2', '--parallel.zero1']
+  text, (arguments, temporary), found = _compile('--model.n_layers=2', *flags)
+  assert text.startswith('4 devices; ')
+  planned = re.search(r'planned: (\S+) GB of state', text)
+  # Vectors are not divided: a little more than the planner says.
+  assert 1 <= arguments / float(planned.group(1)) < 1.05
+  assert temporary > 0
+  over = {(axes, kind) for axes, kind, _ in found}
+  assert {('fsdp', 'all-gather'), ('fsdp', 'reduce-scatter')} <= over
+  assert {('data', 'all-gather'), ('data', 'reduce-scatter')} <= over
+
+
+@pytest.mark.slow
+def test_a_moe_layer():
+  _, (arguments, _), found = _compile('--what=moe_layer', '--parallel.data=2')
+  assert arguments > 0
+  assert set(found) == {('data', 'all-reduce', 'f32')}
+
+
+@pytest.mark.parametrize(
+  'flags, message',
+  [
+    (['--topology=a100'], 'use one of h100, h200'),
+    ([], 'needs jax-cuda13-plugin'),
+    (['--what=attention'], 'moe_layer'),
+  ],
+)
+def test_a_mistake_is_one_line(flags, message):
+  done = subprocess.run(
+    [sys.executable, '-m', 'experiments.compile', *_TINY, *flags],
+    env={**os.environ, 'PYTHONPATH': ''},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 2, done.stderr
+  assert message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_dense_model_has_no_moe_layer():
+  dense = config.replace(presets.tiny(), {'model.moe.n_routed_experts': 0})
+  with pytest.raises(ValueError, match='n_routed_experts=0'):
+    ahead.moe_layer(dense, jax.devices()[:1])
