@@ -4,8 +4,8 @@
     python -m experiments.plan --schedule=zb_h1 --costs=1,2.5,0.8 --out=zb.svg
     python -m experiments.plan --preset=deepseek_v3 --device=h800 \
       --parallel.data=2 --parallel.node=8 --parallel.expert=8 \
-      --parallel.stage=16 --parallel.zero1 --train.micro_batch_size=128 \
-      --precision.fp8.enabled
+      --parallel.stage=16 --parallel.zero1 --parallel.expert_buffer=1.2 \
+      --train.micro_batch_size=128 --precision.fp8.enabled
 
 With `--schedule` alone: the pipeline schedule step by step, each rank's bubble
 and the micro-batches whose activations it holds.  With a preset or a config:

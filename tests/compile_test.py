@@ -39,10 +39,15 @@ def test_a_step_and_what_it_communicates():
 
 
 @pytest.mark.slow
-def test_a_moe_layer():
-  _, (arguments, _), found = _compile('--what=moe_layer', '--parallel.data=2')
+def test_a_moe_layer_over_two_nodes():
+  flags = ['--parallel.node=2', '--parallel.expert=2']
+  _, (arguments, _), found = _compile('--what=moe_layer', *flags)
   assert arguments > 0
-  assert set(found) == {('data', 'all-reduce', 'f32')}
+  # Dispatch and combine forwards and backwards, and the gate weights both ways.
+  for axis in ('node', 'expert'):
+    assert found[axis, 'ragged-all-to-all', 'f32'] == '6'
+  assert found['node+expert', 'all-reduce', 'f32']
+  assert not any(kind == 'all-gather' for _, kind, of in found if of == 'f32')
 
 
 @pytest.mark.parametrize(

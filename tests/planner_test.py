@@ -28,6 +28,7 @@ _PUBLISHED = {
   'parallel.expert': 8,
   'parallel.stage': 16,
   'parallel.zero1': True,
+  'parallel.expert_buffer': 1.2,
   'train.micro_batch_size': 128,  # A sequence on each of a stage's devices.
   'precision.fp8.enabled': True,
 }
@@ -105,7 +106,7 @@ class PublishedLayoutTest(parameterized.TestCase):
   def test_activations_follow_the_schedule(self):
     """PP + 1 micro-batches of four MoE layers (V3 table 2)."""
     stage = placement.stages(self.config.model, 16)[7]
-    rows = activations.expert_rows(self.config).expected
+    rows = activations.expert_rows(self.config).allocated
     one = activations.of_stage(self.config, stage, rows)
     found = memory.of_rank(self.config, self.schedule, 7).activations
     self.assertAlmostEqual(found / one, 17)
@@ -119,6 +120,14 @@ class PublishedLayoutTest(parameterized.TestCase):
     alone = _v3(**{'parallel.zero1': False})
     state = memory.of_rank(alone, self.schedule, 7).state
     self.assertAlmostEqual(state, 8 * (held.other + held.routed / 64))
+
+  def test_fits_into_an_h800(self):
+    room = devices.DEVICES['h800'].memory
+    needed = [
+      memory.of_rank(self.config, self.schedule, rank).total
+      for rank in range(16)
+    ]
+    self.assertBetween(max(needed), 0.8 * room, room)
 
   def test_the_measured_step_is_above_the_bound(self):
     """19.926 s a step (FACTS 2.6), of which 10.3 % are bubble."""
@@ -277,6 +286,9 @@ class MemoryTest(parameterized.TestCase):
     self.assertEqual(rows.expected, 4096 * 8)
     # All 64 x 4,096 tokens choose the four experts of one device.
     self.assertEqual(rows.worst, 64 * 4096 * 4)
+    self.assertEqual(rows.allocated, 1.2 * 4096 * 8)
+    rows = activations.expert_rows(_v3(**{'parallel.expert_buffer': 0.0}))
+    self.assertEqual(rows.allocated, rows.worst)
 
 
 class BoundsTest(parameterized.TestCase):

@@ -26,6 +26,7 @@ class Rows(NamedTuple):
 
   expected: float  # The mean over devices, whatever the routing.
   worst: int  # If all tokens of the group chose its experts.
+  allocated: float  # At a time; what is beyond it comes in further rounds.
 
 
 def expert_rows(config: Config) -> Rows:
@@ -35,10 +36,11 @@ def expert_rows(config: Config) -> Rows:
   parts = parallel.node * parallel.expert
   expected = tokens * moe.n_activated_experts
   if parts == 1:
-    return Rows(expected, round(expected))
+    return Rows(expected, round(expected), expected)
   own = moe.n_routed_experts // parts
   worst = round(tokens) * parts * min(moe.n_activated_experts, own)
-  return Rows(expected, worst)
+  room = parallel.expert_buffer * expected or worst
+  return Rows(expected, worst, min(room, worst))
 
 
 def sizes(config: Config, is_moe: bool) -> dict[str, float]:
@@ -96,7 +98,7 @@ def kept(config: Config, is_moe: bool, policy: str, rows: float) -> float:
     config: of the run.
     is_moe: which kind of layer.
     policy: `train.remat`.
-    rows: of the device's experts; see `expert_rows`.
+    rows: that the device's experts have room for; see `expert_rows`.
   """
   if policy == 'alternate':
     both = (kept(config, is_moe, p, rows) for p in ('none', 'full'))

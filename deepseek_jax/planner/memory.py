@@ -43,27 +43,16 @@ class Memory(NamedTuple):
 
 
 def of_rank(
-  config: Config,
-  schedule: Schedule | None = None,
-  rank: int = 0,
-  is_worst: bool = False,
+  config: Config, schedule: Schedule | None = None, rank: int = 0
 ) -> Memory:
-  """Memory of one rank of a pipeline, or of any device without one.
-
-  Args:
-    config: of the run.
-    schedule: of the pipeline, if there is one.
-    rank: which.
-    is_worst: all tokens choose the experts of this device, in every layer and
-      micro-batch; otherwise it gets as many as any other.
-  """
+  """Memory of one rank of a pipeline, or of any device without one."""
   parallel, precision = config.parallel, config.precision
   hosted = placement.hosted(config.model, schedule, rank)
   held = placement.held(config.model, list(hosted.values()))
   step, stored = on_device(held, parallel), stored_on_device(held, parallel)
   moments = [formats.BYTES[d] for d in (precision.mu_dtype, precision.nu_dtype)]
   width, is_alone = formats.width(config), parallel.n_devices == 1
-  rows = activations.expert_rows(config)[is_worst]
+  rows = activations.expert_rows(config).allocated
   kept = {c: activations.of_stage(config, s, rows) for c, s in hosted.items()}
   # One micro-batch's gradients beside the sum; a pipeline adds in place.
   accumulates = communication.microbatches(config) > 1 and schedule is None

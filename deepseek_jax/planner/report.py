@@ -34,7 +34,7 @@ def text(config: Config, device: str, schedule: Schedule | None = None) -> str:
     _title(config, device, schedule),
     _ranks(config, schedule, per_rank),
     _verdict(per_rank[fullest].total, device),
-    _experts(config, memory.of_rank(config, schedule, fullest, is_worst=True)),
+    _experts(config),
     _traffic(config, device, schedule, fullest),
     _bounds(config, device, schedule, fullest),
   ]
@@ -90,16 +90,16 @@ def _verdict(total: float, device: str) -> str:
   )
 
 
-def _experts(config, worst) -> str:
+def _experts(config) -> str:
   if config.parallel.node * config.parallel.expert == 1:
     return ''
   rows = activations.expert_rows(config)
   size = sum(communication.token_bytes(config)) / _GB
   return (
-    'Rows for the experts of a device, of a layer and micro-batch:\n'
-    f'{rows.expected:,.0f} on average ({rows.expected * size:.2f} GB in and '
-    f'out), {rows.worst:,} at worst ({rows.worst * size:.2f} GB).\n'
-    f'Were it always the worst: {worst.total / _GB:.1f} GB in all.'
+    'Rows for the experts of a device, of a layer and micro-batch: '
+    f'{rows.expected:,.0f} on average,\n{rows.worst:,} at worst '
+    f'({rows.worst * size:.4g} GB in and out); room for {rows.allocated:,.0f} '
+    f'({rows.allocated * size:.4g} GB).'
   )
 
 
