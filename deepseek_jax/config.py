@@ -462,6 +462,7 @@ class ParallelConfig:
   node: int = 1  # Nodes that divide the experts ...
   expert: int = 1  # ... and devices of a node that divide the node's.
   stage: int = 1  # Pipeline stages.
+  interleave: bool = False  # Halves of a micro-batch: one sends, one computes.
   expert_buffer: float = 2.0  # Room for received rows, in means; 0: for all.
   zero1: bool = False  # Divide FP32 weights and moments over all copies.
   cpu_devices: int = 0  # Above 0: try the layout on as many CPU devices.
@@ -560,6 +561,26 @@ class Config:
       f'data x fsdp x node x expert = {shards} devices share the sequences '
       f'of a micro-batch; use a multiple of {shards}, or a product among '
       f'{_divisors(micro, shards)}',
+    )
+    self._check_interleave()
+
+  def _check_interleave(self):
+    parallel, micro = self.parallel, self.micro_batch_size
+    moe, shards = self.model.moe, parallel.n_batch_shards
+    _require(
+      not parallel.interleave or micro % (2 * shards) == 0,
+      'parallel.interleave',
+      parallel.interleave,
+      f'halves the sequences that a device has of a micro-batch, {micro} // '
+      f'{shards}; use a train.micro_batch_size that {2 * shards} divides',
+    )
+    _require(
+      not (parallel.interleave and moe.aux_loss == 'batch')
+      or moe.balance == 'none',
+      'parallel.interleave',
+      parallel.interleave,
+      'would halve the batch over which model.moe.aux_loss=batch is defined; '
+      'use another aux_loss, or False',
     )
 
   @property

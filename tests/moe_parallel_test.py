@@ -1,5 +1,6 @@
 """An MoE layer whose experts lie on several devices; what it communicates."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -10,11 +11,14 @@ from absl.testing import parameterized
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import (
+  GQAConfig,
   ModelConfig,
   MoEConfig,
   ParallelConfig,
   PrecisionConfig,
 )
+from deepseek_jax.layers import stack
+from deepseek_jax.layers.block import Block
 from deepseek_jax.layers.moe import MoE
 from deepseek_jax.ops import routing
 from deepseek_jax.parallel import hlo, rules, sharding
@@ -24,6 +28,9 @@ from tests import tolerances
 _B, _T, _DIM = 8, 6, 16
 _CONFIG = ModelConfig(
   dim=_DIM,
+  n_heads=2,
+  attention='mha',
+  gqa=GQAConfig(head_dim=4),
   init_std=0.2,
   moe=MoEConfig(
     n_routed_experts=16,
@@ -176,3 +183,111 @@ class LayerTest(parameterized.TestCase):
     )
     with self.assertRaisesRegex(ValueError, 'vary|replicat|vma'):
       counted(lambda counts: counts)
+
+
+def _moves_rows(program, instruction):
+  """Whether it is an all-to-all of rows, not of sizes, or calls one."""
+  if instruction.opcode == 'call':
+    (called,) = instruction.called
+    inner = program.computations[called].values()
+    return any(_moves_rows(program, i) for i in inner)
+  shape = instruction.shape
+  is_exchange = instruction.opcode.startswith('all-to-all')
+  return is_exchange and 's32' not in shape
+
+
+def _waiting(program):
+  """(number of exchanges, names of those that no product could run beside)."""
+  found, waiting = 0, []
+  called = {
+    name
+    for computation in program.computations.values()
+    for i in computation.values()
+    if i.opcode == 'call'
+    for name in i.called
+  }
+  for name, computation in program.computations.items():
+    for exchange in computation.values():
+      if name in called or not _moves_rows(program, exchange):
+        continue
+      found += 1
+      free = hlo.beside(computation, exchange.name)
+      if not any(program.has(i, ('dot', '__onednn$matmul')) for i in free):
+        waiting.append(exchange.name)
+  assert found
+  return found, waiting
+
+
+@functools.cache
+def _layers(n_shared, parts, with_gradient, remat='selective'):
+  """Two layers in a loop on 2 x 4 devices: the compiled program, its result."""
+  moe = dataclasses.replace(_CONFIG.moe, n_shared_experts=n_shared)
+  config = dataclasses.replace(_CONFIG, moe=moe)
+  parallel = ParallelConfig(node=2, expert=4, expert_buffer=0)
+  precision = PrecisionConfig(compute_dtype='float32')
+  layer = Block(config, True, precision, parallel)
+  rng = np.random.default_rng(2)
+  x = rng.normal(size=(16, _T, _DIM)).astype(np.float32)
+  positions = np.broadcast_to(np.arange(_T, dtype=np.int32), x.shape[:2])
+  args = (x, positions, None, np.ones(x.shape[:2], np.float32))
+
+  def init(key):
+    return nn.meta.unbox(stack.init_stacked(layer, key, 2, *args))
+
+  variables = jax.device_get(jax.jit(init)(jax.random.key(0)))
+
+  def run(variables, x, positions, mask):
+    def loss(params, x):
+      y, stats = stack.apply_stacked(
+        layer,
+        {**variables, 'params': params},
+        x,
+        positions,
+        None,
+        mask,
+        remat=remat,
+        parts=parts,
+      )
+      return (y**2).sum(), (y, stats.counts_E)
+
+    if not with_gradient:
+      return loss(variables['params'], x)[1][0]
+    grad = jax.grad(loss, argnums=(0, 1), has_aux=True)
+    (dparams, dx), (y, counts) = grad(variables['params'], x)
+    return (dx, y), (sharding.batch_sum(counts), dparams['ffn']['w2'])
+
+  batch, owned = P(rules.BATCH), P(None, rules.EXPERTS)
+  specs = jax.tree.map(lambda _: P(), variables)
+  for name in _EXPERTS:
+    specs['params']['ffn'][name] = owned
+  out = ((batch, batch), (P(), owned)) if with_gradient else batch
+  mapped = jax.shard_map(
+    run,
+    mesh=mesh_lib.build(parallel, jax.devices()[:8]),
+    in_specs=(specs, batch, batch, batch),
+    out_specs=out,
+    check_vma=False,
+  )
+  args = (variables, x, positions, args[3])
+  compiled = jax.jit(mapped).lower(*args).compile()
+  return hlo.parse(compiled.as_text()), jax.device_get(compiled(*args))
+
+
+class OverlapTest(parameterized.TestCase):
+  """For each all-to-all there is a product that neither needs nor feeds it."""
+
+  def test_a_single_batch_without_shared_experts_waits(self):
+    """So that the other tests can fail."""
+    found, waiting = _waiting(_layers(0, 1, False)[0])
+    self.assertLen(waiting, found)
+
+  def test_shared_experts_beside_dispatch_and_combine(self):
+    self.assertEmpty(_waiting(_layers(1, 1, False)[0])[1])
+
+  def test_two_halves_beside_each_other(self):
+    """Forward and backward, and the numbers are those of the whole."""
+    program, result = _layers(0, 2, True)
+    self.assertEmpty(_waiting(program)[1])
+    tolerances.assert_close(
+      result, _layers(0, 1, True)[1], tolerances.DEEP_MODEL
+    )

@@ -70,6 +70,25 @@ def rematerialised(
   return jax.checkpoint(run, policy=saveable, prevent_cse=not in_scan)
 
 
+def in_parts(apply, parts: int):
+  """`apply` on parts of the batch, none of which waits for another.
+
+  The all-to-alls of one can then run beside the attention and the experts of
+  the other, forward and backward (V3 section 3.4.1).
+  """
+  if parts == 1:
+    return apply
+
+  def run(variables, *args):
+    def part(i):
+      return jax.tree.map(lambda v: jnp.split(v, parts)[i], args)
+
+    xs, stats = zip(*(apply(variables, *part(i)) for i in range(parts)))
+    return jnp.concatenate(xs), jax.tree.map(lambda *s: sum(s), *stats)
+
+  return run
+
+
 def apply_stacked(
   layer: nn.Module,
   variables: Any,
@@ -78,6 +97,7 @@ def apply_stacked(
   remat: str = 'none',
   scan: bool = True,
   collect: Callable[[Any], Any] | None = None,
+  parts: int = 1,
 ) -> tuple[jax.Array, Any]:
   """Runs the layers in turn; each takes `x` and `args`, gives `(x, stats)`.
 
@@ -91,6 +111,7 @@ def apply_stacked(
     scan: compile one layer and loop, rather than L copies; the same result.
     collect: what makes one layer's variables whole, where devices share them;
       always done again in the backward pass.
+    parts: see `in_parts`.
 
   Returns:
     The last layer's output and the stacked statistics.
@@ -99,7 +120,8 @@ def apply_stacked(
   group = 2 if remat == 'alternate' else 1
 
   def run(x, layer_variables, index, in_scan):
-    apply = rematerialised(layer.apply, remat, index, in_scan, collect)
+    apply = in_parts(layer.apply, parts)
+    apply = rematerialised(apply, remat, index, in_scan, collect)
     return apply(layer_variables, x, *args)
 
   def run_group(x, group_variables):

@@ -76,6 +76,10 @@ class Transformer(nn.Module):
       if count
     }
 
+  @property
+  def _parts(self) -> int:
+    return 2 if self.parallel.interleave else 1
+
   def _layers(self) -> dict[str, tuple[nn.Module, int]]:
     c, how = self.config, (self.precision, self.parallel)
     # parent=None: these are applied to slices of the stacked parameters.
@@ -261,6 +265,7 @@ class Transformer(nn.Module):
           remat=self.remat,
           scan=self.scan_layers,
           collect=self._collector(name),
+          parts=1 if name == 'dense_layers' else self._parts,
         )
     return norms.rms_norm(x_BTD, self.norm, self.config.norm_eps), stats
 
@@ -273,7 +278,9 @@ class Transformer(nn.Module):
       mask_BT = mtp_mask(segments_BT, k)
       module = self._layers()['mtp'][0]
       apply = stack.rematerialised(
-        module.apply, self.remat, collect=self._collector('mtp')
+        stack.in_parts(module.apply, self._parts),
+        self.remat,
+        collect=self._collector('mtp'),
       )
       hidden_BTD, s = apply(
         variables,

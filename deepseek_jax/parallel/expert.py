@@ -100,6 +100,13 @@ class Hop:
     return min(self.ranks * self.pair_rows, items)
 
   @property
+  def crossing_rows(self) -> jax.Array:
+    """int32, that this rank sends to others, in all rounds."""
+    rank = lax.axis_index(self.axes)
+    rows = self.counts_WWe[rank].sum(-1)
+    return rows.sum() - rows[rank]
+
+  @property
   def rounds(self) -> jax.Array:
     """int32, after which this group of ranks has sent all."""
     return -(-self.counts_WWe.sum(-1).max() // self.pair_rows)
@@ -135,16 +142,14 @@ def ragged_a2a(
     operand_RD, output_RD = (
       lax.bitcast_convert_type(v, jnp.uint8) for v in (operand_RD, output_RD)
     )
-  moved = lax.platform_dependent(
-    operand_RD,
-    output_RD,
-    input_offsets_W,
-    send_sizes_W,
-    output_offsets_W,
-    recv_sizes_W,
-    cpu=functools.partial(_emulated_a2a, axes=axes, pair_rows=pair_rows),
-    default=functools.partial(lax.ragged_all_to_all, axis_name=axes),
-  )
+  sizes = (input_offsets_W, send_sizes_W, output_offsets_W, recv_sizes_W)
+  # Not `lax.platform_dependent`: within a loop it leaves a conditional of one
+  # branch, beside which XLA schedules nothing.
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device.platform == 'cpu':
+    moved = _emulated_a2a(operand_RD, output_RD, *sizes, axes, pair_rows)
+  else:
+    moved = lax.ragged_all_to_all(operand_RD, output_RD, *sizes, axis_name=axes)
   return lax.bitcast_convert_type(moved, dtype)
 
 
