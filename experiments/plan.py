@@ -77,11 +77,11 @@ def main() -> None:
   """Prints the plan that the flags ask for."""
   given = {name for name in absl_flags.FLAGS if absl_flags.FLAGS[name].present}
   is_run = not _SCHEDULE.value or given & {'preset', 'config'}
-  kind = 'run' if is_run else 'schedule alone'
   other = {'ranks', 'microbatches', 'costs', 'out'} if is_run else {'device'}
   for name in sorted(given & other):
     raise ValueError(
-      f'--{name} has no meaning for the plan of a {kind}: drop it'
+      f'--{name} is of the plan of a {"schedule" if is_run else "run"}: give '
+      f'{"--schedule and no" if is_run else "a"} --preset, or drop it'
     )
   _plan_run() if is_run else _plan_schedule()
 

@@ -214,8 +214,11 @@ class SimulationTest(parameterized.TestCase):
     self.assertEqual(run.makespan, 3 * 3 + 4 * 0.5)
 
   def test_refuses_costs_that_are_none(self):
-    with self.assertRaisesRegex(ValueError, 'costs.forward=-1'):
-      simulate.Costs(forward=-1)
+    for value in (-1, float('nan'), float('inf')):
+      with self.assertRaisesRegex(ValueError, f'costs.forward={value}'):
+        simulate.Costs(forward=value)
+    with self.assertRaisesRegex(ValueError, 'use more'):
+      simulate.Costs(0, 0, 0, 0)
     with self.assertRaisesRegex(ValueError, 'costs.weight=3'):
       simulate.Costs(weight=3)
 

@@ -345,8 +345,11 @@ class CommandTest(parameterized.TestCase):
     (('--preset=tiny', '--device=a100'), 'use one of h800'),
     (('--preset=tiny', '--parallel.stage=4'), 'the nearest is 8'),
     (('--preset=tiny', '--parallel.expert=3'), 'must divide'),
-    (('--preset=tiny', '--ranks=4'), '--ranks has no meaning for the plan of'),
-    (('--schedule=dualpipe', '--device=h100'), '--device has no meaning'),
+    (('--preset=tiny', '--ranks=4'), '--ranks is of the plan of a schedule'),
+    (
+      ('--schedule=dualpipe', '--device=h100'),
+      '--device is of the plan of a run',
+    ),
   )
   def test_mistakes_are_one_line(self, arguments, message):
     done = self._run(*arguments)

@@ -5,6 +5,7 @@ is over and what it needs has arrived; nothing else delays it.
 """
 
 import dataclasses
+import math
 
 from deepseek_jax.parallel import schedules
 from deepseek_jax.parallel.schedules import (
@@ -38,8 +39,12 @@ class Costs:
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      if value < 0:
-        raise ValueError(f'costs.{field.name}={value}: use at least 0')
+      if not 0 <= value < math.inf:
+        raise ValueError(
+          f'costs.{field.name}={value}: use a finite number of at least 0'
+        )
+    if not self.forward and not self.backward:
+      raise ValueError('costs.forward=0 and costs.backward=0: use more')
     if self.weight > self.backward:
       raise ValueError(
         f'costs.weight={self.weight}: is a part of backward={self.backward}; '
