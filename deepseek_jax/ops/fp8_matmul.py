@@ -6,7 +6,7 @@ sum times its scales in float32: the promotion to CUDA cores.  With
 which keeps about 14 bits; why promotion is needed shows when there is none.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,14 +35,18 @@ class Accumulation(NamedTuple):
 
 
 def dot(
-  a: Quantized, b: Quantized, accumulation: Accumulation = Accumulation()
+  a: Quantized,
+  b: Quantized,
+  accumulation: Accumulation = Accumulation(),
+  dtype: Any = jnp.float32,
 ) -> jax.Array:
-  """`a @ b`: float32 [M, N].
+  """`a @ b`: [M, N], summed in float32.
 
   Args:
     a: [M, K]; its tiles are 128 columns wide, or the whole.
     b: [K, N]; its tiles are 128 rows high, or the whole.
     accumulation: of the partial sums.
+    dtype: of the result, rounded once.
 
   Raises:
     ValueError: if a tile is of another size along K, or if the sum is to be
@@ -63,7 +67,8 @@ def dot(
     return total + multiply(a_KM, b_KN) * a_M[:, None] * b_N, None
 
   zeros = jnp.zeros((a.shape[0], b.shape[1]), jnp.float32)
-  return lax.scan(body, zeros, (a_codes, b_codes, a_scales, b_scales))[0]
+  blocks = a_codes, b_codes, a_scales, b_scales
+  return lax.scan(body, zeros, blocks)[0].astype(dtype)
 
 
 def _check(a_mT: Quantized, b: Quantized, accumulation: Accumulation) -> None:

@@ -1,0 +1,272 @@
+"""Products, turned codes and moved rows: the kernels beside their references.
+
+Every case is lowered for CUDA at a real model's shapes.  Where jax interprets
+all that the kernels do (from 0.11, Python 3.12), each is also run on small
+arrays with several tiles, ragged and empty groups, and edges that divide
+nothing; jax 0.10 interprets one of them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from deepseek_jax.kernels import (
+  fp8_gemm,
+  fp8_matmul,
+  grouped,
+  mosaic,
+  permute,
+  turn,
+)
+from deepseek_jax.ops import fp8_matmul as fp8_reference
+from deepseek_jax.ops import grouped as reference
+from deepseek_jax.ops import quantize
+from deepseek_jax.ops.formats import E4M3
+from deepseek_jax.ops.quantize import (
+  COLUMN_TILE,
+  ROW_TILE,
+  SQUARE_TILE,
+  Quantized,
+)
+from tests import tolerances
+
+BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
+KERNEL = {'implementation': 'mosaic_gpu'}
+MODES = ('lower', 'interpret') if mosaic.interprets_fully() else ('lower',)
+
+
+def abstract(shape, dtype=BF16):
+  return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def codes(shape, tile):
+  """A `Quantized` without numbers."""
+  scales = (*shape[:-2], *(-(-n // t) for n, t in zip(shape[-2:], tile)))
+  return Quantized(
+    abstract(shape, E4M3.dtype), abstract(scales, F32), tile, E4M3
+  )
+
+
+def draw(*shape, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), BF16)
+
+
+@functools.cache
+def routing():
+  """Two choices of 96 tokens; expert 1 is empty, and 4 is none."""
+  ids = np.random.default_rng(0).integers(0, 4, (96, 2))
+  layout = reference.lay_out(jnp.asarray(np.where(ids == 1, 4, ids), I32), 4)
+  used = int(layout.groups.count[0]) * 128
+  assert layout.groups.blocks_E[1] == 0 and used < layout.token_R.size
+  return layout, used
+
+
+def real_routing(T=4096, K=8, E=8):
+  return jax.eval_shape(
+    functools.partial(reference.lay_out, n_experts=E), abstract((T, K), I32)
+  )
+
+
+def interpret(f, *args, **kwargs):
+  with mosaic.interpreted():
+    return f(*args, **kwargs, **KERNEL)
+
+
+class Kernels(parameterized.TestCase):
+  def lowers(self, f, *args, **kwargs):
+    text = mosaic.lower(functools.partial(f, **kwargs, **KERNEL), *args)
+    self.assertIn('mosaic_gpu', text)
+
+  def close(self, actual, expected, rung=tolerances.FLOAT32_MATH):
+    tolerances.assert_close(actual, expected, rung)
+
+
+class FP8Test(Kernels):
+  @parameterized.product(
+    mode=MODES, tile=(SQUARE_TILE, COLUMN_TILE), shape=('WIDE', 'NARROW')
+  )
+  def test_dot(self, mode, tile, shape):
+    if mode == 'lower':
+      for M, K, N in (
+        (4096, 7168, 2112), (4096, 16384, 7168), (8192, 2048, 10944)
+      ):  # fmt: skip
+        a, b = codes((M, K), ROW_TILE), codes((N, K), tile[::-1])
+        f = functools.partial(fp8_matmul.dot, dtype=BF16, **KERNEL)
+        mosaic.lower(lambda a, b, f=f: f(a, b.mT), a, b)
+      return
+    a = quantize.quantize(draw(192, 320), ROW_TILE)
+    b = quantize.quantize(draw(208, 320, seed=1), tile[::-1]).mT
+    expected = fp8_reference.dot(a, b)
+    if tile == SQUARE_TILE:
+      shape = getattr(fp8_gemm, shape)
+      with mosaic.interpreted():
+        actual = fp8_gemm.multiply(
+          a.codes, b.codes.mT[None], a.scales.mT, b.scales.mT[None],
+          dtype=F32, shape=shape,
+        )  # fmt: skip
+    else:
+      actual = interpret(fp8_matmul.dot, a, b)
+    self.close(actual, expected)
+
+  def test_the_tile_is_narrow_where_a_wide_one_would_leave_processors_idle(
+    self,
+  ):
+    with mosaic.for_hopper():
+      best = fp8_gemm.best_shape
+      self.assertEqual(best(4096, 7168, False), fp8_gemm.WIDE)
+      self.assertEqual(best(128, 7168, False), fp8_gemm.NARROW)
+      self.assertEqual(best(4096, 7168, True), fp8_gemm.NARROW)
+
+  @parameterized.product(mode=MODES, scale=('float32', 'ceil'))
+  def test_turn(self, mode, scale):
+    if mode == 'lower':
+      x = abstract((4096, 7168))
+      self.lowers(turn.quantize, x, tile=COLUMN_TILE, scale=scale)
+      q = codes((8192, 1408), ROW_TILE)
+      self.lowers(turn.requantize, q, tile=COLUMN_TILE, scale=scale)
+      return
+    x = draw(256, 128) * jnp.exp2(jnp.arange(256) % 9 - 4)[:, None].astype(BF16)
+    q = quantize.quantize(x, ROW_TILE)
+    for actual, expected in (
+      (interpret(turn.quantize, x, COLUMN_TILE, scale=scale),
+       quantize.quantize(x, COLUMN_TILE, scale=scale)),
+      (interpret(turn.requantize, q, COLUMN_TILE, scale=scale),
+       quantize.requantize(q, COLUMN_TILE, scale=scale)),
+    ):  # fmt: skip
+      self.close(actual.scales, expected.scales)
+      same = np.asarray(actual.codes == expected.codes)
+      if scale == 'ceil':  # Powers of two divide exactly.
+        self.assertTrue(same.all())
+      self.assertGreater(same.mean(), 0.99)
+
+  @parameterized.product(mode=MODES)
+  def test_grouped(self, mode):
+    if mode == 'lower':
+      groups = real_routing().groups
+      R = groups.expert_B.size * 128
+      for K, N in ((7168, 4096), (2048, 7168)):
+        x, w = codes((R, K), ROW_TILE), codes((8, N, K), SQUARE_TILE)
+        mosaic.lower(
+          lambda x, w, g: grouped.fp8_dot(x, w.mT, g, BF16, **KERNEL),
+          x, w, groups,
+        )  # fmt: skip
+        turned = [codes((n, R), ROW_TILE) for n in (K, N)]
+        mosaic.lower(
+          lambda x, y, g, c: grouped.fp8_outer(x.mT, y.mT, g, c, **KERNEL),
+          *turned, groups, abstract((8, K, N), F32),
+        )  # fmt: skip
+      return
+    layout, used = routing()
+    rows = reference.permute(draw(96, 256), layout)
+    x = quantize.quantize(rows, ROW_TILE)
+    w = quantize.quantize(draw(4, 192, 256, seed=1), SQUARE_TILE).mT
+    y = reference.fp8_dot(x, w, layout.groups)
+    actual = interpret(grouped.fp8_dot, x, w, layout.groups)
+    self.close(actual[:used], y[:used])
+    x, y = (quantize.quantize(v, COLUMN_TILE) for v in (rows, y))
+    add_to = jnp.ones((4, 256, 192))
+    self.close(
+      interpret(grouped.fp8_outer, x, y, layout.groups, add_to),
+      reference.fp8_outer(x, y, layout.groups, add_to),
+    )
+
+
+class BFloat16Test(Kernels):
+  @parameterized.product(mode=MODES)
+  def test_grouped(self, mode):
+    if mode == 'lower':
+      for E, K, N in ((8, 7168, 2048), (8, 2048, 7168), (64, 2048, 1408)):
+        groups = real_routing(E=E).groups
+        R = groups.expert_B.size * 128
+        x, y, w = abstract((R, K)), abstract((R, N)), abstract((E, K, N))
+        self.lowers(grouped.dot, x, w, groups)
+        self.lowers(grouped.dot, y, w, groups, turned=True)
+        self.lowers(grouped.outer, x, y, groups)
+      self.lowers(grouped.outer, x, y, groups, abstract((E, K, N), F32))
+      return
+    layout, used = routing()
+    x, w = reference.permute(draw(96, 256), layout), draw(4, 256, 192, seed=1)
+    y, rung = reference.dot(x, w, layout.groups), tolerances.BFLOAT16
+    actual = interpret(grouped.dot, x, w, layout.groups)
+    self.close(actual[:used], y[:used], rung)
+    actual = interpret(grouped.dot, x, w.mT, layout.groups, turned=True)
+    self.close(actual[:used], y[:used], rung)
+    add_to = jnp.ones((4, 256, 192))
+    self.close(
+      interpret(grouped.outer, x, y, layout.groups, add_to),
+      reference.outer(x, y, layout.groups, add_to),
+    )
+
+  def test_grouped_dot_is_interpreted_by_jax_0_10_too(self):
+    groups = reference.Groups(*(
+      jnp.array(v, I32) for v in ([1, 0, 1, 0], [3], [1, 0], [1, 2])
+    ))  # fmt: skip
+    x, w = draw(512, 128), draw(2, 128, 256, seed=1)
+    actual = interpret(grouped.dot, x, w, groups)[:384]
+    expected = reference.dot(x, w, groups)[:384]
+    self.close(actual, expected, tolerances.BFLOAT16)
+
+  @parameterized.product(mode=MODES, dtype=(BF16, E4M3.dtype))
+  def test_rows_move(self, mode, dtype):
+    if mode == 'lower':
+      for T, K, E, D in ((4096, 8, 8, 7168), (8192, 6, 64, 2048)):
+        layout = real_routing(T, K, E)
+        R = layout.token_R.size
+        self.lowers(permute.permute, abstract((T, D), dtype), layout)
+        self.lowers(permute.unpermute, abstract((R, D)), layout)
+        weights = abstract((T, K), F32)
+        self.lowers(permute.unpermute, abstract((R, D)), layout, weights)
+      return
+    layout, _ = routing()
+    x = draw(96, 256).astype(dtype)
+    rows = reference.permute(x, layout)
+    self.close(interpret(permute.permute, x, layout), rows)
+    weights = jnp.linspace(0.1, 1, 192).reshape(96, 2)
+    rows = rows.astype(BF16)
+    for w in (None, weights):
+      actual = interpret(permute.unpermute, rows, layout, w)
+      self.close(actual, reference.unpermute(rows, layout, w))
+
+
+class ReferenceTest(parameterized.TestCase):
+  def test_rows_of_experts(self):
+    """Each row is its token's, in a block of its expert; sums come back."""
+    ids = jnp.asarray(np.random.default_rng(1).integers(0, 6, (64, 3)), I32)
+    layout = reference.lay_out(ids, 5)  # 5 is none.
+    x = draw(64, 8).astype(F32)
+    rows = reference.permute(x, layout)
+    expert_R = np.repeat(layout.groups.expert_B, 128)
+    for (t, k), row in np.ndenumerate(np.asarray(layout.row_TK)):
+      if ids[t, k] == 5:
+        self.assertEqual(row, rows.shape[0])
+      else:
+        self.assertEqual(expert_R[row], ids[t, k])
+        np.testing.assert_array_equal(rows[row], x[t])
+    has_token = np.asarray(layout.token_R) < 64
+    self.assertEqual(has_token.sum(), (np.asarray(ids) < 5).sum())
+    np.testing.assert_array_equal(rows[~has_token], 0)
+    counts = (np.asarray(ids) < 5).sum(1, keepdims=True)
+    tolerances.assert_close(
+      reference.unpermute(rows, layout), x * counts, tolerances.FLOAT32_MATH
+    )
+
+  def test_products_are_those_of_each_expert(self):
+    layout, used = routing()
+    x = reference.permute(draw(96, 16), layout).astype(F32)
+    w = draw(4, 16, 8, seed=1).astype(F32)
+    y = np.asarray(reference.dot(x, w, layout.groups))
+    expert_R = np.repeat(layout.groups.expert_B, 128)
+    expected = np.einsum('RK,RKN->RN', x, np.asarray(w)[expert_R])
+    tolerances.assert_close(y[:used], expected[:used], tolerances.FLOAT32_MATH)
+    dw = np.zeros((4, 16, 8))
+    np.add.at(dw, expert_R[:used], np.einsum('RK,RN->RKN', x, y)[:used])
+    tolerances.assert_close(
+      reference.outer(x, y, layout.groups), dw, tolerances.FLOAT32_MATH
+    )
+
+
+if __name__ == '__main__':
+  absltest.main()
