@@ -144,12 +144,17 @@ def lower(f: Callable[..., Any], *args: Any) -> str:
     return traced.lower(lowering_platforms=('cuda',)).as_text()
 
 
-def interprets_fully() -> bool:
+def interprets_fp8() -> bool:
   """Whether this jax, 0.11 or later, interprets all that the kernels do.
 
   0.10 does not interpret FP8 or transposed operands of wgmma, nor copies that
   reach beyond an edge.
   """
+  return jax.__version_info__ >= (0, 11)
+
+
+def turns_codes() -> bool:
+  """Whether registers of FP8 codes find a layout to be turned: from 0.11 on."""
   return jax.__version_info__ >= (0, 11)
 
 
@@ -165,7 +170,7 @@ def interpreted(pads: bool = False) -> Iterator[None]:
   from jax._src.pallas.mosaic_gpu import core
   from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call, params
 
-  if not interprets_fully():  # jax 0.10 stops at what is nothing on a CPU.
+  if not interprets_fp8():  # jax 0.10 stops at what is nothing on a CPU.
     mlir.register_lowering(
       core.layout_cast_p, lambda _, x, **__: [x], platform='cpu'
     )

@@ -39,6 +39,8 @@ def obstacles(
   if isinstance(x, Quantized):
     if (x.fmt, x.tile) != (E4M3, ROW_TILE):
       found.append(f'the input is {x.fmt} in tiles {x.tile}')
+    if not mosaic.turns_codes():
+      found.append('jax before 0.11 finds no register layout for turned codes')
   elif x.dtype != jnp.bfloat16:
     found.append(f'the input is {x.dtype.name}, not bfloat16')
   if len(x.shape) != 2 or any(n % BLOCK or not n for n in x.shape):

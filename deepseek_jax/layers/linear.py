@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import PrecisionConfig
+from deepseek_jax.kernels import fp8
 from deepseek_jax.ops import fp8_linear, fp8_recipe
 from deepseek_jax.ops import swiglu as swiglu_lib
 from deepseek_jax.ops.fp8_linear import Input
@@ -22,7 +23,11 @@ def share(x: jax.Array, precision: PrecisionConfig) -> Any:
   """`x` [..., D] for several `linear`s: with FP8 it is quantised once."""
   if not precision.fp8.enabled:
     return x
-  return _quantize(x, fp8_recipe.of(precision.fp8))
+  return _quantize(x, _recipe(precision))
+
+
+def _recipe(precision, role=''):
+  return fp8_recipe.of(precision.fp8, role, fp8.steps(precision.kernels))
 
 
 def _quantize(x, recipe, saved=None):
@@ -57,7 +62,7 @@ def linear(
   if not precision.fp8.enabled:
     y = jnp.tensordot(x, w.astype(x.dtype), axes)
     return checkpoint_name(y, role)
-  recipe = fp8_recipe.of(precision.fp8, role)
+  recipe = _recipe(precision, role)
   D, out = math.prod(w.shape[:axes]), w.shape[axes:]
   if not isinstance(x, Input):
     x = _quantize(x.reshape(*x.shape[: x.ndim - axes], D), recipe, saved)

@@ -1,5 +1,6 @@
 """DeepSeekMoE: routed and shared experts (V3 section 2.1.2)."""
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig, ParallelConfig, PrecisionConfig
+from deepseek_jax.kernels import dispatch, experts
 from deepseek_jax.layers import params
 from deepseek_jax.layers.mlp import MLP
-from deepseek_jax.ops import expert_decode, experts, losses, routing
+from deepseek_jax.ops import expert_decode, losses, routing
 from deepseek_jax.parallel import expert, sharding
 
 
@@ -66,7 +68,7 @@ class MoE(nn.Module):
       *self._expert_weights(x_BTD),
       route.expert_ids_TK.reshape(B * T, -1),
       route.weights_TK.reshape(B * T, -1),
-      expert_decode.expert_ffn if decodes else experts.expert_ffn,
+      expert_decode.expert_ffn if decodes else self._expert_ffn(),
       expert.Exchange.of(moe, self.precision, self.parallel),
     )
     y_BTD = y_TD.reshape(x_BTD.shape)
@@ -82,6 +84,10 @@ class MoE(nn.Module):
       dropped,
     )
     return y_BTD, stats
+
+  def _expert_ffn(self):
+    chosen = dispatch.requested(self.precision.kernels)
+    return functools.partial(experts.expert_ffn, implementation=chosen)
 
   def _route(self, x_BTD):
     """The gate, in float32: a `Routing` with leading dimensions [B, T]."""

@@ -7,12 +7,12 @@ activation's codes are kept.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.ops import fp8_matmul, quantize
+from deepseek_jax.ops import quantize
 from deepseek_jax.ops.fp8_recipe import Recipe
 from deepseek_jax.ops.quantize import Packed, Quantized
 
@@ -43,7 +43,7 @@ def quantize_input(
   """
   constant = jax.lax.stop_gradient(x_TD)
   how = (recipe.activation_tile, recipe.fmt, recipe.scale)
-  codes = quantize.quantize(constant, *how)
+  codes = recipe.steps.quantize(constant, *how)
   kept = recipe.saved
   if saved is None and how == (quantize.ROW_TILE, kept.fmt, kept.scale):
     saved = codes
@@ -71,14 +71,14 @@ def fp8_linear(
 
 def _fwd(inputs, w_DF, recipe):
   w = quantize_weight(w_DF, recipe)
-  y = fp8_matmul.dot(inputs.codes, w, recipe.accumulation)
   dtype = inputs.x_TD.dtype
-  return y.astype(dtype), (inputs.saved, w_DF, jnp.zeros((), dtype))
+  y = recipe.steps.dot(inputs.codes, w, recipe.accumulation, dtype)
+  return y, (inputs.saved, w_DF, jnp.zeros((), dtype))
 
 
 def _bwd(recipe, residuals, dy_TF):
   saved, w_DF, like_x = residuals
-  dx_TD = input_gradient(dy_TF, w_DF, recipe).astype(like_x.dtype)
+  dx_TD = input_gradient(dy_TF, w_DF, recipe, like_x.dtype)
   if isinstance(w_DF, Quantized):
     return Input(dx_TD, None, None), None
   dw_DF = weight_gradient(saved, dy_TF, recipe).astype(w_DF.dtype)
@@ -96,14 +96,17 @@ def quantize_weight(w_DF: jax.Array | Quantized, recipe: Recipe) -> Quantized:
 
 
 def input_gradient(
-  dy_TF: jax.Array, w_DF: jax.Array | Quantized, recipe: Recipe
+  dy_TF: jax.Array,
+  w_DF: jax.Array | Quantized,
+  recipe: Recipe,
+  dtype: Any = jnp.float32,
 ) -> jax.Array:
-  """Dgrad, `dy @ w^T`: float32 [T, D]."""
-  dy = quantize.quantize(
+  """Dgrad, `dy @ w^T`: [T, D]."""
+  dy = recipe.steps.quantize(
     dy_TF, recipe.gradient_tile, recipe.gradient_fmt, recipe.scale
   )
   w = quantize_weight(w_DF, recipe)
-  return fp8_matmul.dot(dy, w.mT, recipe.accumulation)
+  return recipe.steps.dot(dy, w.mT, recipe.accumulation, dtype)
 
 
 def weight_gradient(
@@ -113,8 +116,8 @@ def weight_gradient(
   # Scales of whole tensors stay so in the weight gradient.
   is_whole = recipe.gradient_tile == quantize.WHOLE
   tile = quantize.WHOLE if is_whole else quantize.COLUMN_TILE
-  x = quantize.requantize(
+  x = recipe.steps.requantize(
     quantize.unpack(saved), tile, recipe.fmt, recipe.scale
   )
-  dy = quantize.quantize(dy_TF, tile, recipe.gradient_fmt, recipe.scale)
-  return fp8_matmul.dot(x.mT, dy, recipe.accumulation)
+  dy = recipe.steps.quantize(dy_TF, tile, recipe.gradient_fmt, recipe.scale)
+  return recipe.steps.dot(x.mT, dy, recipe.accumulation)

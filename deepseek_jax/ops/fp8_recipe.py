@@ -5,11 +5,13 @@ of the model under a config, by the name of its weight.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 
 from deepseek_jax.config import FP8Config
-from deepseek_jax.ops import formats, quantize
+from deepseek_jax.ops import formats, fp8_matmul, quantize
 from deepseek_jax.ops.formats import E4M3, Format
 from deepseek_jax.ops.fp8_matmul import Accumulation
 
@@ -38,6 +40,23 @@ class Kept:
     return quantize.quantize(x, quantize.ROW_TILE, self.fmt, self.scale)
 
 
+class Steps(NamedTuple):
+  """What computes the steps of a layer: functions, or kernels like them.
+
+  Attributes:
+    quantize: as `quantize.quantize`.
+    requantize: as `quantize.requantize`.
+    dot: as `fp8_matmul.dot`.
+  """
+
+  quantize: Callable[..., quantize.Quantized]
+  requantize: Callable[..., quantize.Quantized]
+  dot: Callable[..., jax.Array]
+
+
+REFERENCE = Steps(quantize.quantize, quantize.requantize, fp8_matmul.dot)
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
   """How one linear layer is quantised; the default is V3's.
@@ -54,6 +73,7 @@ class Recipe:
     gradient_tile: of Dgrad's; 128 x 128 is what diverges in appendix B.2.
     weight_tile: of Fprop's and Dgrad's weight.
     accumulation: of the sums.
+    steps: what computes them.
   """
 
   fmt: Format = E4M3
@@ -66,9 +86,10 @@ class Recipe:
   gradient_tile: tuple[int, int] = quantize.ROW_TILE
   weight_tile: tuple[int, int] = quantize.SQUARE_TILE
   accumulation: Accumulation = Accumulation()
+  steps: Steps = REFERENCE
 
 
-def of(config: FP8Config, role: str = '') -> Recipe:
+def of(config: FP8Config, role: str = '', steps: Steps = REFERENCE) -> Recipe:
   """The recipe of the linear layer whose weight is named `role`."""
   fmt = formats.parse(config.fmt)
   turned = config.turned_scale
@@ -86,4 +107,5 @@ def of(config: FP8Config, role: str = '') -> Recipe:
     gradient_tile=_TILES[config.gradient_tile],
     weight_tile=_TILES[config.weight_tile],
     accumulation=Accumulation(config.accumulate, config.promote),
+    steps=steps,
   )
