@@ -257,7 +257,8 @@ class LayersTest(Kernels):
       ('auto', 7 - (not mosaic.turns_codes())),
       ('xla', 0),
     ):
-      grad = jax.grad(functools.partial(loss, setting=setting), argnums=(0, 1))
+      f = functools.partial(loss, setting=setting)
+      grad = jax.value_and_grad(f, argnums=(0, 1))
       # Three products; quantised x and dy, and both turned.
       self.assertEqual(self.count(grad, *args), expected)
 

@@ -1,8 +1,8 @@
 """`ops.experts.expert_ffn` on a GPU: rows moved once, products by group.
 
-Choice: the kernels of `permute` and `grouped`, with SwiGLU and its gradient left
-to XLA, which fuses them.  The rows of each expert are padded to blocks of 128,
-so that a tile is of one expert.
+Choice: the kernels of `permute` and `grouped`, with SwiGLU and its gradient
+left to XLA, which fuses them.  The rows of each expert are padded to blocks of
+128, so that a tile is of one expert.
 """
 
 import jax
