@@ -120,8 +120,8 @@ class ImportsTest(parameterized.TestCase):
   def test_torch_is_imported_in_tests_only(self):
     for path in (_ROOT / 'experiments').rglob('*.py'):
       tops = {name.partition('.')[0] for name in _imports(path)}
-      # The benchmark measures transformers, which is torch.
-      is_bench = path.name.startswith('bench')
+      # Benchmarks measure transformers, and torch's products.
+      is_bench = path.name.startswith(('bench', 'gpu_check'))
       allowed = {'torch', 'transformers'} if is_bench else set()
       self.assertEmpty(
         tops & {'torch', 'transformers', 'tests'} - allowed, path
