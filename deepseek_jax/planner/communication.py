@@ -32,7 +32,7 @@ class Traffic(NamedTuple):
 
 
 def destinations(model: ModelConfig, parts: int) -> float:
-  """How many of `parts` devices or nodes hold experts of one token, expected.
+  """How many of `parts` nodes or devices hold experts of one token, expected.
 
   The experts are divided equally, in order.  Every choice of expert groups, and
   of experts within them, is equally likely, and every open group is used: V3's
@@ -71,15 +71,15 @@ def expert_traffic(config: Config) -> list[Traffic]:
   """Dispatch and combine of one MoE layer, forward, for a device's tokens.
 
   A token crosses to each node of its experts once, to the device of the same
-  index (over `node`), and from there to its experts (over `expert`); with
-  node=1 straight to the devices of its experts.
+  index (over `node`), and from there to each of its experts (over `expert`);
+  with node=1 straight to each of its experts.
   """
   parallel, model = config.parallel, config.model
   node, expert = parallel.node, parallel.expert
   if node * expert == 1 or not model.moe.n_routed_experts:
     return []
   tokens = tokens_per_device(config)
-  devices = destinations(model, node * expert)
+  chosen = model.moe.n_activated_experts
   hops = []
   if node > 1:
     remote = destinations(model, node) * (node - 1) / node
@@ -87,7 +87,7 @@ def expert_traffic(config: Config) -> list[Traffic]:
   if expert > 1:
     inside = min(expert, NODE)
     share = (expert - inside) / expert
-    hops.append(('expert', devices * (expert - 1) / expert, devices * share))
+    hops.append(('expert', chosen * (expert - 1) / expert, chosen * share))
   dispatched, combined = token_bytes(config)
   return [
     Traffic(axis, what, tokens * copies * size, tokens * crossing * size)
