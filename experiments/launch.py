@@ -10,6 +10,7 @@ On a cluster, let srun or mpirun start the command, with
 --parallel.num_processes=0: see BUILD.md.
 """
 
+import shutil
 import signal
 import socket
 import subprocess
@@ -72,6 +73,9 @@ def main(argv: list[str]) -> None:
   """Runs what follows `--`, several times at once."""
   if len(argv) < 2:
     app.usage(shorthelp=True, exitcode=2)
+  if not shutil.which(argv[1]):
+    print(f'ERROR: {argv[1]}: no such program', file=sys.stderr)
+    sys.exit(2)
   processes = _start(argv[1:])
 
   def forward(number, _):

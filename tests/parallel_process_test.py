@@ -165,3 +165,18 @@ def _check_another_layout_goes_on(workdir):
     json.loads((workdir / 'config.json').read_text())['parallel']['fsdp'] == 8
   )
   assert rows[-1]['loss'] < rows[0]['loss'] - 0.3  # It had learnt.
+
+
+@pytest.mark.parametrize(
+  'command, expected, message',
+  [
+    (('false',), 1, 'ended with status 1'),
+    (('no-such-program',), 2, 'ERROR: no-such-program: no such program'),
+    ((), 2, '--processes'),
+  ],
+)
+def test_the_launcher_passes_a_failure_on(command, expected, message):
+  process = _start('-m', 'experiments.launch', '--processes=2', '--', *command)
+  status, text = _finish(process)
+  assert status == expected
+  assert message in text and 'Traceback' not in text
