@@ -155,18 +155,21 @@ def parameter_traffic(
   """
   parallel, width = config.parallel, formats.width(config)
   copies = [
-    (('data', 'node', 'expert'), held.other),
-    (('data',), held.routed / (parallel.node * parallel.expert)),
+    ('', ('data', 'node', 'expert'), held.other),
+    (' of experts', ('data',), held.routed / (parallel.node * parallel.expert)),
   ]
   result = []
-  for axes, count in copies:
+  for whose, axes, count in copies:
     own = count / parallel.fsdp
-    result += _collective(parallel, axes, 'gradients, scattered', 4 * own)
-    back = ('new weights', width) if parallel.zero1 else ('gradients, sums', 4)
+    name = f'gradients{whose}, scattered'
+    result += _collective(parallel, axes, name, 4 * own)
+    back = (f'new weights{whose}', width)
+    if not parallel.zero1:
+      back = (f'gradients{whose}, sums', 4)
     result += _collective(parallel, axes, back[0], back[1] * own)
-    for what in ('weights, forward', 'weights, backward', 'gradients, FSDP'):
+    for what in ('weights{}, forward', 'weights{}, backward', 'gradients{}'):
       size = count * width * forwards
-      result += _collective(parallel, ('fsdp',), what, size)
+      result += _collective(parallel, ('fsdp',), what.format(whose), size)
   return result
 
 
