@@ -1,11 +1,15 @@
 """What decoding keeps of the tokens it has seen (V3 section 2.1.1)."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.parallel import rules
 
 
 class Cache(NamedTuple):
@@ -57,6 +61,15 @@ def init(
     tuple(layer() for _ in range(n_mtp_layers)),
     jnp.zeros(batch, jnp.int32),
   )
+
+
+def divide(cache: Cache) -> Cache:
+  """`cache`, its sequences divided over the ambient mesh, if they can be."""
+  mesh = jax.sharding.get_mesh()
+  shards = math.prod(mesh.shape.get(axis, 1) for axis in rules.BATCH)
+  if mesh.empty or cache.lengths_B.shape[0] % shards:
+    return cache
+  return jax.device_put(cache, NamedSharding(mesh, P(rules.BATCH)))
 
 
 def bytes_per_token(cache: Cache) -> int:

@@ -59,6 +59,9 @@ def generate(
 ) -> Generation:
   """Continues every prompt.
 
+  On an ambient mesh (`jax.set_mesh`) devices divide the sequences, if they can,
+  and the experts; `weights.share` puts them there.
+
   Programs are compiled per number of prompts and per `_ROOM` tokens of text,
   not per length.
 
@@ -119,6 +122,7 @@ def _begin(
   empty = cache_lib.init(
     model.config, B, -(-room // _ROOM) * _ROOM, model.dtype, M
   )
+  empty = cache_lib.divide(empty)
   done = prefill_lib.prefill(
     model, variables, empty, prompts, window=max(M, 1), chunk=T
   )

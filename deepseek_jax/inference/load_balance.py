@@ -1,12 +1,15 @@
 """EPLB: where redundant copies of busy experts go (V3 section 3.4.1).
 
-Deciding is arithmetic on the host: numpy only.  The loads are those that
+Deciding is arithmetic on the host, in numpy.  The loads are those that
 `generate.Generation.load_LE` collected, or of any other period.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+
+_MATRICES = ('w1', 'w2', 'w3')  # Of a layer's experts, each [E, ...].
 
 
 class Placement(NamedTuple):
@@ -151,6 +154,40 @@ def to_replicas(
   turn %= placement.counts_LE[layer, flat]
   replicas = placement.replicas_LEX[layer, flat, turn]
   return replicas.reshape(np.shape(expert_ids_TK))
+
+
+def add_replicas(
+  variables: dict[str, Any], placement: Placement
+) -> dict[str, Any]:
+  """Variables of which each MoE layer holds its replicas, in their order.
+
+  Routing, and the loads that come of it, remain those of the experts.
+
+  Args:
+    variables: of `weights.unstack`.
+    placement: of `place`, one row per layer of `moe_layers`.
+
+  Raises:
+    ValueError: if it is of another number of layers.
+  """
+  layers = variables['params']['moe_layers']
+  if len(layers) != len(placement.experts_LP):
+    raise ValueError(
+      f'placement of {len(placement.experts_LP)} layers for {len(layers)}: use '
+      'the load of the main model'
+    )
+  params, states = [], []
+  states_L = variables['router_state']['moe_layers']
+  rows = zip(layers, states_L, placement.experts_LP, placement.replicas_LEX)
+  for layer, state, experts_P, replicas_EX in rows:
+    copies = {name: layer['ffn'][name][experts_P] for name in _MATRICES}
+    params.append({**layer, 'ffn': {**layer['ffn'], **copies}})
+    ffn = {**state['ffn'], 'replicas': jnp.asarray(replicas_EX)}
+    states.append({**state, 'ffn': ffn})
+  return {
+    'params': {**variables['params'], 'moe_layers': params},
+    'router_state': {**variables['router_state'], 'moe_layers': states},
+  }
 
 
 def imbalance(load_LE: np.ndarray, placement: Placement, n_devices: int):

@@ -5,8 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.models import deepseek
+from deepseek_jax.parallel import rules
 
 _STACKS = ('dense_layers', 'moe_layers', 'mtp')
 _FLOAT32 = ('gate', 'bias')  # The router; norms, which are vectors, as well.
@@ -32,6 +35,22 @@ def unstack(
   if not stacks or isinstance(stacks[0], list):
     return variables
   return _unstack(model.dtype, model.config.mla.qk_nope_head_dim, variables)
+
+
+def share(variables: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """Puts each device's experts on it, and all else on every device.
+
+  Args:
+    variables: of `unstack`.
+    mesh: whose `node` and `expert` axes divide the experts.
+  """
+
+  def put(path, x):
+    is_experts = path[-1].key in ('w1', 'w2', 'w3') and x.ndim == 3
+    spec = P(rules.EXPERTS) if is_experts else P()
+    return jax.device_put(x, NamedSharding(mesh, spec))
+
+  return jax.tree_util.tree_map_with_path(put, variables)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

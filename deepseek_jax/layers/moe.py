@@ -1,5 +1,6 @@
 """DeepSeekMoE: routed and shared experts (V3 section 2.1.2)."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -35,7 +36,9 @@ class MoE(nn.Module):
 
   Parameters (float32): `gate` [D, E], `w1` and `w3` [E, D, F], `w2` [E, F, D],
   and `shared` (an `MLP` of n_shared_experts * F).  The auxiliary-loss-free
-  `bias` [E] is in the collection `router_state`: no gradient reaches it.
+  `bias` [E] is in the collection `router_state`: no gradient reaches it.  With
+  `replicas` [E, X] beside it, for inference, the three matrices are those of
+  all copies of experts; see `inference/load_balance.py`.
   """
 
   config: ModelConfig
@@ -62,16 +65,7 @@ class MoE(nn.Module):
       lost = (kept.weights_TK == 0) & (route.weights_TK != 0)
       dropped = jnp.sum(lost * mask_BT[..., None], dtype=jnp.float32)
       route = kept
-    B, T, D = x_BTD.shape
-    y_TD = expert.routed_ffn(
-      x_BTD.reshape(B * T, D),
-      *self._expert_weights(x_BTD),
-      route.expert_ids_TK.reshape(B * T, -1),
-      route.weights_TK.reshape(B * T, -1),
-      expert_decode.expert_ffn if decodes else self._expert_ffn(),
-      expert.Exchange.of(moe, self.precision, self.parallel),
-    )
-    y_BTD = y_TD.reshape(x_BTD.shape)
+    y_BTD = self._routed(x_BTD, route, decodes)
     if moe.n_shared_experts:
       inter_dim = moe.n_shared_experts * moe.moe_inter_dim
       shared = MLP(
@@ -88,6 +82,28 @@ class MoE(nn.Module):
   def _expert_ffn(self):
     chosen = dispatch.requested(self.precision.kernels)
     return functools.partial(experts.expert_ffn, implementation=chosen)
+
+  def _routed(self, x_BTD, route, decodes):
+    """The gated sum of each token's routed experts."""
+    B, T, D = x_BTD.shape
+    exchange = expert.Exchange.of(
+      self.config.moe, self.precision, self.parallel
+    )
+    ids_TK = route.expert_ids_TK.reshape(B * T, -1)
+    if self.has_variable('router_state', 'replicas'):
+      replicas_EX = self.get_variable('router_state', 'replicas')
+      ids_TK = routing.choose_replicas(ids_TK, replicas_EX)
+      # Copies may lie on other nodes than their expert's group.
+      exchange = dataclasses.replace(exchange, max_nodes=0)
+    y_TD = expert.routed_ffn(
+      x_BTD.reshape(B * T, D),
+      *self._expert_weights(x_BTD),
+      ids_TK,
+      route.weights_TK.reshape(B * T, -1),
+      expert_decode.expert_ffn if decodes else self._expert_ffn(),
+      exchange,
+    )
+    return y_TD.reshape(x_BTD.shape)
 
   def _route(self, x_BTD):
     """The gate, in float32: a `Routing` with leading dimensions [B, T]."""
@@ -106,6 +122,8 @@ class MoE(nn.Module):
     c = self.config
     D, F = c.dim, c.moe.moe_inter_dim
     E = sharding.local_experts(c.moe.n_routed_experts)
+    if self.has_variable('router_state', 'replicas'):
+      E = self.get_variable('params', 'w1').shape[0]  # Copies, too.
     up = params.normal(c.init_std, 'experts', 'dim', 'mlp')
     down = params.normal(c.init_std, 'experts', 'mlp', 'dim')
     w1 = self.param('w1', up, (E, D, F), jnp.float32)

@@ -90,6 +90,22 @@ def drop_over_capacity(
   return routing._replace(weights_TK=jnp.where(kept, routing.weights_TK, 0.0))
 
 
+def choose_replicas(
+  expert_ids_TK: jax.Array, replicas_EX: jax.Array
+) -> jax.Array:
+  """The copy of its expert that serves each choice: int32 [T, K].
+
+  Copies of an expert take turns over the tokens (V3 section 3.4.1).
+
+  Args:
+    expert_ids_TK: int32.
+    replicas_EX: int32, the copies of each expert, padded with -1.
+  """
+  copies_E = (replicas_EX >= 0).sum(-1)
+  turn = jnp.arange(expert_ids_TK.shape[0])[:, None]
+  return replicas_EX[expert_ids_TK, turn % copies_E[expert_ids_TK]]
+
+
 def expert_counts(
   expert_ids_TK: jax.Array, n_experts: int, mask_T: jax.Array | None = None
 ) -> jax.Array:
