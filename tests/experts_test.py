@@ -46,13 +46,14 @@ class SortTest(parameterized.TestCase):
 
 
 # Rows of each expert: empty groups at every place, one that holds all, sizes
-# around the block of 128 rows and not multiples of anything.
+# around the blocks of 64 and 256 rows and not multiples of anything.
 _SIZES = (
   (5, 0, 3, 0),
   (0, 0, 0, 7),
   (300, 0, 0),
   (128, 128, 0),
   (127, 129, 1, 0, 260),
+  (256, 64, 513, 0, 3, 319),
   (1,),
 )
 

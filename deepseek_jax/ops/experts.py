@@ -8,15 +8,18 @@ default.)
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-# Rows of one block; measured best on CPU for 64 to 128 (PLATFORM.md, 2).
-_BLOCK = 128
+# Rows of a block.  A product with 256 rows runs a quarter faster on a CPU than
+# one with 64, and computes more rows in vain (experiments/LOG.md): whole blocks
+# of an expert's rows are large, and its remainder is taken in small ones.
+_SMALL, _LARGE = 64, 256
 
 _matmul = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
 _NN = (((1,), (0,)), ((), ()))  # x @ w
@@ -62,25 +65,45 @@ def unpermute(rows_RD: jax.Array, permutation: Permutation) -> jax.Array:
 
 
 class _Blocks(NamedTuple):
-  """Blocks of `_BLOCK` rows within one group; `count` of them are real."""
+  """Blocks of `size` rows within one group each; `count` of them are real."""
 
   expert: jax.Array
   start: jax.Array
   end: jax.Array
   count: jax.Array
+  size: int
 
 
-def _make_blocks(group_sizes_E: jax.Array, n_rows: int) -> _Blocks:
-  E = group_sizes_E.shape[0]
-  blocks_E = -(-group_sizes_E // _BLOCK)
+class _Block(NamedTuple):
+  """One of them; `inside` [size, 1]: which of its rows are its expert's."""
+
+  expert: jax.Array
+  start: jax.Array
+  inside: jax.Array
+
+  def of(self, x: jax.Array) -> jax.Array:
+    """Its rows of an array of all rows."""
+    return lax.dynamic_slice_in_dim(x, self.start, self.inside.size)
+
+  def put(self, x: jax.Array, rows: jax.Array) -> jax.Array:
+    """`x` with these rows in it."""
+    rows = rows.astype(x.dtype)
+    return lax.dynamic_update_slice_in_dim(x, rows, self.start, 0)
+
+
+def _make_blocks(
+  start_E: jax.Array, end_E: jax.Array, size: int, n_rows: int
+) -> _Blocks:
+  """Covers the rows from `start_E` to `end_E` of each expert."""
+  E = start_E.shape[0]
+  blocks_E = -(-(end_E - start_E) // size)
   last_E = jnp.cumsum(blocks_E)
-  index = jnp.arange(n_rows // _BLOCK + E, dtype=jnp.int32)
+  index = jnp.arange(n_rows // size + E, dtype=jnp.int32)
   expert = (index[:, None] >= last_E).sum(1, dtype=jnp.int32)
   expert = jnp.minimum(expert, E - 1)
-  ends_E = jnp.cumsum(group_sizes_E)
   within = index - (last_E - blocks_E)[expert]
-  start = (ends_E - group_sizes_E)[expert] + within * _BLOCK
-  return _Blocks(expert, start, ends_E[expert], last_E[-1])
+  start = start_E[expert] + within * size
+  return _Blocks(expert, start, end_E[expert], last_E[-1], size)
 
 
 class _Rows(NamedTuple):
@@ -88,31 +111,43 @@ class _Rows(NamedTuple):
 
   token: jax.Array  # int32 [R + block]
   gate: jax.Array  # float32 [R + block, 1]
-  blocks: _Blocks
+  blocks: tuple[_Blocks, ...]
 
 
 def _make_rows(weights_TK: jax.Array, permutation: Permutation) -> _Rows:
-  K = weights_TK.shape[1]
-  order = jnp.pad(permutation.row_to_flat_R, (0, _BLOCK))
+  R, K = weights_TK.size, weights_TK.shape[1]
+  order = jnp.pad(permutation.row_to_flat_R, (0, _SMALL))
   gate = weights_TK.reshape(-1, 1)[order].astype(jnp.float32)
-  blocks = _make_blocks(permutation.group_sizes_E, order.size - _BLOCK)
+  sizes_E = permutation.group_sizes_E
+  end_E = jnp.cumsum(sizes_E)
+  start_E = end_E - sizes_E
+  if R < _LARGE:
+    blocks = (_make_blocks(start_E, end_E, _SMALL, R),)
+  else:
+    # What a small block writes beyond its group's end is overwritten by a block
+    # that comes later, small or large; behind the last group are rows of no
+    # expert.  Large blocks write their own rows only.
+    middle_E = start_E + sizes_E // _LARGE * _LARGE
+    blocks = (
+      _make_blocks(middle_E, end_E, _SMALL, R),
+      _make_blocks(start_E, middle_E, _LARGE, R),
+    )
   return _Rows(order // K, gate, blocks)
 
 
-def _block(x: jax.Array, start: jax.Array) -> jax.Array:
-  return lax.dynamic_slice_in_dim(x, start, _BLOCK)
+def _for_blocks(
+  rows: _Rows, body: Callable[[_Block, Any], Any], carry: Any
+) -> Any:
+  """The carry that `body` makes of each block and the carry, in turn."""
+  for blocks in rows.blocks:
 
+    def step(i, carry, blocks=blocks):
+      start = blocks.start[i]
+      inside = start + jnp.arange(blocks.size) < blocks.end[i]
+      return body(_Block(blocks.expert[i], start, inside[:, None]), carry)
 
-def _inside(blocks: _Blocks, i: jax.Array) -> jax.Array:
-  """Which rows of block i are of its expert: bool [block, 1]."""
-  row = blocks.start[i] + jnp.arange(_BLOCK)
-  return (row < blocks.end[i])[:, None]
-
-
-def _put(x: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
-  # Rows beyond the group's end are overwritten by the next group's block; those
-  # behind the last group are of no expert.
-  return lax.dynamic_update_slice_in_dim(x, block.astype(x.dtype), start, 0)
+    carry = lax.fori_loop(0, blocks.count, step, carry)
+  return carry
 
 
 def _own(w_E: jax.Array, expert: jax.Array) -> jax.Array:
@@ -131,16 +166,15 @@ def _hidden(gate_F, up_F):
 def _forward(x_TD, w1, w2, w3, rows):
   """Output rows [R + block, D], and the inputs of SwiGLU, [R + block, F]."""
 
-  def body(i, carry):
+  def body(block, carry):
     y, gates, ups = carry
-    start, e = rows.blocks.start[i], rows.blocks.expert[i]
-    x = x_TD[_block(rows.token, start)]
-    gate = _matmul(x, _own(w1, e), _NN).astype(x.dtype)
-    up = _matmul(x, _own(w3, e), _NN).astype(x.dtype)
-    hidden = _hidden(gate, up) * _block(rows.gate, start)
-    y_i = _matmul(hidden.astype(x.dtype), _own(w2, e), _NN)
-    y_i = jnp.where(_inside(rows.blocks, i), y_i, 0)
-    return _put(y, y_i, start), _put(gates, gate, start), _put(ups, up, start)
+    x = x_TD[block.of(rows.token)]
+    gate = _matmul(x, _own(w1, block.expert), _NN).astype(x.dtype)
+    up = _matmul(x, _own(w3, block.expert), _NN).astype(x.dtype)
+    hidden = _hidden(gate, up) * block.of(rows.gate)
+    y_i = _matmul(hidden.astype(x.dtype), _own(w2, block.expert), _NN)
+    y_i = jnp.where(block.inside, y_i, 0)
+    return block.put(y, y_i), block.put(gates, gate), block.put(ups, up)
 
   dtype, F = x_TD.dtype, w1.shape[2]
   carry = (
@@ -148,28 +182,27 @@ def _forward(x_TD, w1, w2, w3, rows):
     _buffer(rows, F, dtype),
     _buffer(rows, F, dtype),
   )
-  return lax.fori_loop(0, rows.blocks.count, body, carry)
+  return _for_blocks(rows, body, carry)
 
 
 def _input_grad(dy_TD, w1, w2, w3, gates, ups, rows):
   """Gradients of the rows of x, of SwiGLU's inputs, and of the gate weights."""
 
-  def body(i, carry):
+  def body(block, carry):
     dx, dgates, dups, dweights = carry
-    start, e = rows.blocks.start[i], rows.blocks.expert[i]
-    dy = dy_TD[_block(rows.token, start)]
-    dhidden = _matmul(dy, _own(w2, e), _NT)
-    hidden, vjp = jax.vjp(_hidden, _block(gates, start), _block(ups, start))
+    dy = dy_TD[block.of(rows.token)]
+    dhidden = _matmul(dy, _own(w2, block.expert), _NT)
+    hidden, vjp = jax.vjp(_hidden, block.of(gates), block.of(ups))
     dweight = jnp.sum(hidden * dhidden, -1, keepdims=True)
-    dgate, dup = vjp(dhidden * _block(rows.gate, start))
-    dx_i = _matmul(dgate, _own(w1, e), _NT) + _matmul(dup, _own(w3, e), _NT)
-    inside = _inside(rows.blocks, i)
-    dx_i, dweight = (jnp.where(inside, v, 0) for v in (dx_i, dweight))
+    dgate, dup = vjp(dhidden * block.of(rows.gate))
+    dx_i = _matmul(dgate, _own(w1, block.expert), _NT)
+    dx_i += _matmul(dup, _own(w3, block.expert), _NT)
+    dx_i, dweight = (jnp.where(block.inside, v, 0) for v in (dx_i, dweight))
     return (
-      _put(dx, dx_i, start),
-      _put(dgates, dgate, start),
-      _put(dups, dup, start),
-      _put(dweights, dweight, start),
+      block.put(dx, dx_i),
+      block.put(dgates, dgate),
+      block.put(dups, dup),
+      block.put(dweights, dweight),
     )
 
   carry = (
@@ -178,7 +211,7 @@ def _input_grad(dy_TD, w1, w2, w3, gates, ups, rows):
     jnp.zeros_like(ups),
     _buffer(rows, 1, jnp.float32),
   )
-  return lax.fori_loop(0, rows.blocks.count, body, carry)
+  return _for_blocks(rows, body, carry)
 
 
 def _weight_grad(x_TD, dy_TD, gates, ups, dgates, dups, rows, n_experts):
@@ -187,17 +220,15 @@ def _weight_grad(x_TD, dy_TD, gates, ups, dgates, dups, rows, n_experts):
   A loop of its own, so that a pipeline can defer it (V3 section 3.2.1).
   """
 
-  def body(i, carry):
-    start, e = rows.blocks.start[i], rows.blocks.expert[i]
-    inside = _inside(rows.blocks, i)
-    token = _block(rows.token, start)
-    x = jnp.where(inside, x_TD[token], 0)
-    hidden = _hidden(_block(gates, start), _block(ups, start))
-    hidden = jnp.where(inside, hidden * _block(rows.gate, start), 0)
+  def body(block, carry):
+    token, e = block.of(rows.token), block.expert
+    x = jnp.where(block.inside, x_TD[token], 0)
+    hidden = _hidden(block.of(gates), block.of(ups)) * block.of(rows.gate)
+    hidden = jnp.where(block.inside, hidden, 0)
     products = (
-      _matmul(x, _block(dgates, start), _TN),
+      _matmul(x, block.of(dgates), _TN),
       _matmul(hidden.astype(x.dtype), dy_TD[token], _TN),
-      _matmul(x, _block(dups, start), _TN),
+      _matmul(x, block.of(dups), _TN),
     )
     return tuple(
       lax.dynamic_update_index_in_dim(dw, _own(dw, e) + product, e, 0)
@@ -207,7 +238,7 @@ def _weight_grad(x_TD, dy_TD, gates, ups, dgates, dups, rows, n_experts):
   D, F = x_TD.shape[1], gates.shape[1]
   up, down = (n_experts, D, F), (n_experts, F, D)
   carry = tuple(jnp.zeros(shape, jnp.float32) for shape in (up, down, up))
-  return lax.fori_loop(0, rows.blocks.count, body, carry)
+  return _for_blocks(rows, body, carry)
 
 
 @jax.custom_vjp
