@@ -94,7 +94,7 @@ def together() -> Iterator[None]:
   """
   try:
     yield
-  except Exception as error:
+  except (Exception, KeyboardInterrupt) as error:
     if jax.process_count() == 1:
       raise
     who = f'process {jax.process_index()} of {jax.process_count()}'
