@@ -223,7 +223,8 @@ def main() -> None:
   if _SUITE.value == 'parallel':
     from experiments import bench_parallel
 
-    print(bench_parallel.tables(config, _ROUNDS.value))
+    for line in bench_parallel.lines(config, _ROUNDS.value):
+      print(line, flush=True)
     return
   preset = absl_flags.FLAGS.preset
   updates = config_lib.diff(presets.PRESETS[preset](), config)

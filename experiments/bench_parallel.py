@@ -8,6 +8,7 @@ that a device sends are the compiled program's and hold anywhere.
 import dataclasses
 import statistics
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -92,34 +93,25 @@ def _batch(config: config_lib.Config, layout: Any) -> dict[str, Any]:
   return layout.put_batch(batch) if layout else batch
 
 
-def tables(config: config_lib.Config, rounds: int) -> str:
-  """Every layout on the config's batch; then one sequence more per device."""
+def lines(config: config_lib.Config, rounds: int) -> Iterator[str]:
+  """Every layout on the config's batch; then weak scaling.  As measured."""
   process.join(config_lib.ParallelConfig(cpu_devices=_DEVICES))
   process.prepare(config)
-  lines = [
-    '| layout | compile s | step s | state MB | temporary MB | sent MB |',
-    '|---|---|---|---|---|---|',
-  ]
+  yield '| layout | compile s | step s | state MB | temporary MB | sent MB |'
+  yield '|---|---|---|---|---|---|'
   for name, axes in _LAYOUTS.items():
-    run = measure(_laid_out(config, axes), rounds)
-    lines.append(f'| {name} {_row(run)}')
-  lines += [
-    '',
-    f'Weak scaling, {config.data.batch_size // _DEVICES} sequences a device:',
-    '',
-    '| devices | step s | per device, times one | sent MB |',
-    '|---|---|---|---|',
-  ]
+    yield f'| {name} {_row(measure(_laid_out(config, axes), rounds))}'
+  each = config.data.batch_size // _DEVICES
+  yield f'\nWeak scaling, {each} sequences a device:\n'
+  yield '| devices | step s | per device, times one | sent MB |'
+  yield '|---|---|---|---|'
   one = None
   for n in (1, 2, 4, 8):
-    batch = config.data.batch_size // _DEVICES * n
-    part = config_lib.replace(config, {'data.batch_size': batch})
+    part = config_lib.replace(config, {'data.batch_size': each * n})
     run = measure(_laid_out(part, {'data': n}), rounds)
     one = one or run.step
-    lines.append(
-      f'| {n} | {run.step:.2f} | {run.step / n / one:.2f} | {_sent(run)} |'
-    )
-  return '\n'.join(lines)
+    ratio = run.step / n / one
+    yield f'| {n} | {run.step:.2f} | {ratio:.2f} | {_sent(run)} |'
 
 
 def _laid_out(config, axes):
