@@ -26,6 +26,7 @@ TILES = ('1x128', '128x128', 'tensor')
 SCALES = ('float32', 'ceil', 'floor')
 ACCUMULATE = ('exact', 'hopper14')
 NONFINITES = ('stop', 'skip')
+PIPELINES = ('gpipe', '1f1b', 'interleaved', 'zb_h1', 'dualpipe', 'dualpipe_v')
 KERNELS = ('auto', 'xla')
 
 
@@ -461,7 +462,10 @@ class ParallelConfig:
   fsdp: int = 1  # Parts of each matrix, collected layer by layer.
   node: int = 1  # Nodes that divide the experts ...
   expert: int = 1  # ... and devices of a node that divide the node's.
-  stage: int = 1  # Pipeline stages.
+  stage: int = 1  # Pipeline ranks.
+  schedule: str = 'dualpipe'  # Of the pipeline.
+  microbatches: int = 0  # Of a step; 0: as train.micro_batch_size says.
+  stage_layers: str = ''  # Layers of each stage, 4,4,3; empty: equally many.
   interleave: bool = False  # Halves of a micro-batch: one sends, one computes.
   expert_buffer: float = 2.0  # Room for received rows, in means; 0: for all.
   zero1: bool = False  # Divide FP32 weights and moments over all copies.
@@ -474,8 +478,18 @@ class ParallelConfig:
     p = 'parallel.'
     for name in ('data', 'fsdp', 'node', 'expert', 'stage'):
       _at_least(p + name, getattr(self, name), 1)
-    for name in ('cpu_devices', 'num_processes', 'expert_buffer'):
+    for name in (
+      'cpu_devices', 'num_processes', 'expert_buffer', 'microbatches',
+    ):  # fmt: skip
       _at_least(p + name, getattr(self, name), 0)
+    _choice(p + 'schedule', self.schedule, PIPELINES)
+    sizes = self.stage_layers.split(',') if self.stage_layers else []
+    _require(
+      all(size.strip().isdecimal() for size in sizes),
+      p + 'stage_layers',
+      self.stage_layers,
+      'write one number per stage, such as 4,4,3',
+    )
     _at_least(p + 'process_id', self.process_id, -1)
     _require(
       self.num_processes == 0 or self.process_id < self.num_processes,
@@ -491,6 +505,11 @@ class ParallelConfig:
       self.coordinator,
       'write host:port of process 0',
     )
+
+  @property
+  def stage_sizes(self) -> tuple[int, ...]:
+    """`stage_layers` as numbers."""
+    return tuple(int(size) for size in self.stage_layers.split(',') if size)
 
   @property
   def n_devices(self) -> int:
@@ -540,6 +559,7 @@ class Config:
       f'use fewer than data.seq_len={self.data.seq_len}',
     )
     self._check_parallel()
+    self._check_pipeline()
 
   def _check_parallel(self):
     parallel, micro = self.parallel, self.micro_batch_size
@@ -583,10 +603,39 @@ class Config:
       'use another aux_loss, or False',
     )
 
+  def _check_pipeline(self):
+    parallel, n = self.parallel, self.parallel.microbatches
+    _require(
+      not (n and self.train.micro_batch_size),
+      'parallel.microbatches',
+      n,
+      'says the same as train.micro_batch_size='
+      f'{self.train.micro_batch_size}; set one of them to 0',
+    )
+    _require(
+      n == 0 or self.data.batch_size % n == 0,
+      'parallel.microbatches',
+      n,
+      f'must divide data.batch_size={self.data.batch_size}',
+    )
+    _require(
+      parallel.stage == 1 or not parallel.interleave,
+      'parallel.interleave',
+      parallel.interleave,
+      'a pipeline overlaps whole micro-batches; use False',
+    )
+    _require(
+      parallel.stage == 1 or self.train.remat != 'alternate',
+      'train.remat',
+      self.train.remat,
+      'the layers of a pipeline are alike; use full, selective or none',
+    )
+
   @property
   def micro_batch_size(self) -> int:
     """Sequences per forward pass, the default resolved."""
-    return self.train.micro_batch_size or self.data.batch_size
+    batch, n = self.data.batch_size, self.parallel.microbatches
+    return self.train.micro_batch_size or (batch // n if n else batch) or 1
 
 
 def to_dict(config: Any) -> dict[str, Any]:

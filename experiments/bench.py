@@ -4,6 +4,7 @@
     python -m experiments.bench --suite=decode        # prefill and generation
     python -m experiments.bench --suite=remat         # recomputation policies
     python -m experiments.bench --suite=parallel --preset=quickstart
+    python -m experiments.bench --suite=pipeline --preset=tiny
     python -m experiments.bench --preset=tiny --rounds=2
 
 Prints ratios: other work on the machine slows both sides of each.
@@ -20,12 +21,12 @@ from absl import flags as absl_flags
 from deepseek_jax import config as config_lib
 from deepseek_jax import flags, presets
 from deepseek_jax.planner import flops as flops_lib
-from experiments import bench_worker
+from experiments import bench_pipeline, bench_worker
 
 _SUITE = absl_flags.DEFINE_enum(
   'suite',
   'train',
-  ['train', 'decode', 'remat', 'parallel'],
+  ['train', 'decode', 'remat', 'parallel', 'pipeline'],
   'What is compared.',
 )
 _ROUNDS = absl_flags.DEFINE_integer(
@@ -225,6 +226,9 @@ def main() -> None:
 
     for line in bench_parallel.lines(config, _ROUNDS.value):
       print(line, flush=True)
+    return
+  if _SUITE.value == 'pipeline':
+    print(bench_pipeline.table(config))
     return
   preset = absl_flags.FLAGS.preset
   updates = config_lib.diff(presets.PRESETS[preset](), config)

@@ -141,6 +141,7 @@ class _Case:
     specs = pipeline.Specs(
       stored=stored,
       used=jax.tree.map(lambda _: P(), problem[0]),
+      dtypes=jax.tree.map(lambda a: a.dtype, problem[0]),
       batch=P(None, 'data'),
       batch_axes=('data',),
     )

@@ -129,6 +129,37 @@ class Transformer(nn.Module):
     stats = {k: s for k, s in stats.items() if jax.tree.leaves(s)}
     return Output(hidden_BTD, mtp_hidden, stats)
 
+  def run_layer(
+    self,
+    name: str,
+    variables: Any,
+    x_BTD: jax.Array,
+    segments_BT: jax.Array,
+  ) -> tuple[jax.Array, Any]:
+    """One layer of the stack `name`, on its own; needs no bound variables.
+
+    For a pipeline, whose stages are made of such; see `stack.apply_stacked`.
+    """
+    apply = stack.rematerialised(self._layers()[name][0].apply, self.remat)
+    return apply(variables, x_BTD, *self._layer_args(segments_BT))
+
+  def finish(
+    self, x_BTD: jax.Array, tokens_BT: jax.Array, segments_BT: jax.Array
+  ) -> Output:
+    """What follows the last layer: the final norm and MTP.
+
+    It needs no variables of `dense_layers` and `moe_layers`, and gives no
+    statistics of them.
+    """
+    hidden_BTD = norms.rms_norm(x_BTD, self.norm, self.config.norm_eps)
+    embeddings_BTD = self.embed.astype(self.dtype)[tokens_BT]
+    args = self._layer_args(segments_BT)
+    mtp_hidden, stats = self._predict_ahead(
+      hidden_BTD, embeddings_BTD, segments_BT, args
+    )
+    stats = {'mtp': stats} if jax.tree.leaves(stats) else {}
+    return Output(hidden_BTD, mtp_hidden, stats)
+
   def encode(
     self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None
   ) -> jax.Array:

@@ -470,12 +470,14 @@ class Specs:
   Attributes:
     stored: of each parameter, as the optimizer has it; see `placement.divide`.
     used: of each parameter, as a layer computes with it, without stages.
+    dtypes: in which a layer computes with each parameter.
     batch: of each array of the batch [M, ...].
     batch_axes: all over which sequences are divided.
   """
 
   stored: Any
   used: Any
+  dtypes: Any
   batch: Any
   batch_axes: tuple[str, ...]
 
@@ -498,6 +500,7 @@ def gradients(
   trees, whole = (specs.stored, specs.used), PartitionSpec()
 
   def local(params, state, batch, scalars):
+    params = jax.tree.map(lambda x, d: x.astype(d), params, specs.dtypes)
     own = placement.map_by_kind(placement.collect, layout, params, *trees)
     own_state = placement.map_by_kind(
       functools.partial(placement.collect, stored=whole, used=whole),

@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from deepseek_jax.config import Config
 from deepseek_jax.layers.params import Parameter
 from deepseek_jax.parallel import mesh as mesh_lib
-from deepseek_jax.parallel import rules, sharding
+from deepseek_jax.parallel import placement, rules, sharding
 from deepseek_jax.training.state import TrainState
 
 WHOLE = PartitionSpec()  # On every device.
@@ -203,17 +203,17 @@ def make(
   parallel = config.parallel
   if parallel.n_devices == 1 and jax.process_count() == 1:
     return None
-  if parallel.stage > 1:
-    raise ValueError(
-      f'parallel.stage={parallel.stage}: the train step has no pipeline yet; '
-      'use 1'
-    )
   mesh = mesh_lib.build(parallel, devices)
   compute = jnp.dtype(config.precision.compute_dtype)
 
   def place(box):
     shape = box.value.shape
     return rules.place(box.names, shape, mesh.shape, parallel.zero1)
+
+  def stored(box):
+    is_stack = box.names[0] == 'layers'
+    spec, shape = place(box).stored, box.value.shape
+    return placement.divide(spec, shape, mesh.shape, is_stack)
 
   def over(function):
     return jax.tree.map(
@@ -224,7 +224,7 @@ def make(
 
   return Layout(
     mesh,
-    over(lambda box: place(box).stored),
+    over(stored),
     over(lambda box: place(box).step),
     over(lambda box: place(box).used),
     over(lambda box: jnp.dtype('float32') if box.is_float32 else compute),

@@ -20,7 +20,7 @@ from deepseek_jax.models import deepseek
 from deepseek_jax.ops import losses, routing
 from deepseek_jax.parallel import sharding
 from deepseek_jax.training import layout as layout_lib
-from deepseek_jax.training import optimizer
+from deepseek_jax.training import optimizer, pipelined
 from deepseek_jax.training.layout import Layout
 from deepseek_jax.training.schedules import Hyper
 from deepseek_jax.training.state import TrainState
@@ -167,12 +167,25 @@ def pretrain_loss(
     The loss, and sums that may be added over micro-batches: 'loss',
     'mtp_{k}_loss', 'balance_loss', and 'stats' (see `deepseek.Output`).
   """
-  tokens, segments = batch['tokens'], batch['segments']
   output = model.apply(
     {'params': params, 'router_state': router_state},
-    tokens[:, :-1],
-    segments[:, :-1],
+    batch['tokens'][:, :-1],
+    batch['segments'][:, :-1],
   )
+  return objective(model, config, params, output, batch, hyper, totals)
+
+
+def objective(
+  model: deepseek.Transformer,
+  config: Config,
+  params: Any,
+  output: deepseek.Output,
+  batch: Batch,
+  hyper: Hyper,
+  totals: Totals,
+) -> tuple[jax.Array, dict[str, Any]]:
+  """`pretrain_loss` of what the model gave."""
+  tokens, segments = batch['tokens'], batch['segments']
   head = head_weight(params, model.dtype)
   z_loss = config.optim.z_loss
   main = losses.cross_entropy(
@@ -222,7 +235,7 @@ def _accumulate(
   return jax.lax.scan(body, zeros, batch)[0]
 
 
-def _make_gradients(model, config, loss_fn, layout):
+def make_gradients(model, config, loss_fn, layout):
   """The function (params, router state, batch, hyper, totals) -> (grads, aux).
 
   Both are sums over the whole batch, on one device or under a layout.
@@ -240,6 +253,13 @@ def _make_gradients(model, config, loss_fn, layout):
 
   if layout is None:
     return sums
+  if config.parallel.stage > 1:
+    if loss_fn is not pretrain_loss:
+      raise ValueError(
+        f'parallel.stage={config.parallel.stage}: a pipeline knows the '
+        'objective of pre-training only; use 1'
+      )
+    return pipelined.make_gradients(model, config, layout, objective)
   model = layout.whole(model)
 
   def per_device(params, *args):
@@ -305,7 +325,7 @@ def make_train_step(
   With `train.nonfinite=skip` such a step changes nothing but the step count.
   """
 
-  gradients = _make_gradients(model, config, loss_fn, layout)
+  gradients = make_gradients(model, config, loss_fn, layout)
 
   def train_step(state, batch, hyper):
     totals = batch_totals(batch, config)

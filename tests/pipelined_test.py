@@ -1,0 +1,258 @@
+"""A pipelined training step is one device's, whatever the schedule."""
+
+import dataclasses
+import functools
+import tempfile
+
+import jax
+import numpy as np
+import optax
+import pytest
+from absl.testing import absltest, parameterized
+
+from deepseek_jax import config as config_lib
+from deepseek_jax import presets
+from deepseek_jax.parallel import schedules
+from deepseek_jax.training import checkpoint, optimizer, pipelined
+from deepseek_jax.training import layout as layout_lib
+from deepseek_jax.training import schedules as training_schedules
+from deepseek_jax.training import step as step_lib
+from tests import tolerances
+
+_STEPS = 3
+_SMALL = {
+  'model.vocab_size': 64,
+  'model.dim': 16,
+  'model.inter_dim': 24,
+  'model.n_layers': 4,
+  'model.n_dense_layers': 1,
+  'model.n_mtp_layers': 1,
+  'model.moe.n_routed_experts': 4,
+  'model.moe.n_expert_groups': 2,
+  'model.moe.n_limited_groups': 1,
+  'model.moe.moe_inter_dim': 8,
+  'data.seq_len': 16,
+  'data.batch_size': 16,
+  'optim.alpha': '0.01',
+  'train.remat': 'selective',
+  'precision.compute_dtype': 'float32',
+  'precision.mu_dtype': 'float32',
+  'precision.nu_dtype': 'float32',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Case:
+  schedule: str
+  stage: int
+  updates: tuple = ()
+
+  @property
+  def alone(self):
+    """The updates that also hold on one device."""
+    return tuple(u for u in self.updates if not u[0].startswith('parallel.'))
+
+  @property
+  def config(self):
+    return config_lib.replace(
+      presets.tiny(),
+      _SMALL
+      | {
+        'parallel.stage': self.stage,
+        'parallel.schedule': self.schedule,
+        'parallel.microbatches': 8,
+      }
+      | dict(self.updates),
+    )
+
+
+def _batch(config, step):
+  """[8, 2, T + 1]: two documents a row, and padding at some ends."""
+  rng = np.random.default_rng(step)
+  shape = 8, config.data.batch_size // 8, config.data.seq_len + 1
+  tokens = rng.integers(1, config.model.vocab_size, shape).astype(np.int32)
+  segments = (
+    1 + (np.arange(shape[2]) > 9).astype(np.int32) + np.zeros_like(tokens)
+  )
+  segments[::3, 0, -4:] = 0
+  return {'tokens': tokens * (segments > 0), 'segments': segments}
+
+
+def _layout(model, config):
+  devices = jax.devices()[: config.parallel.n_devices]
+  return layout_lib.make(step_lib.declare(model), config, devices)
+
+
+@functools.cache
+def _setup(case):
+  """(config, model, layout, optimizer, first state, how to place a batch)."""
+  config = case.config
+  model = step_lib.build_model(config)
+  layout = _layout(model, config)
+  tx = optimizer.adamw(config.optim, config.precision)
+  state = step_lib.init_state(model, tx, 0, layout)
+  put = layout.put_batch if layout else lambda batch: batch
+  return config, model, layout, tx, state, put
+
+
+@functools.cache
+def _updates(updates):
+  """The optimizer's part of a step, compiled once, on one device."""
+  config, _, _, tx, _, _ = _setup(_Case('1f1b', 1, updates))
+
+  @jax.jit
+  def update(params, opt_state, router_state, grads, stats, hyper):
+    changes, opt_state = tx.update(grads, opt_state, params, lr=hyper.lr)
+    router_state = step_lib.update_router_state(
+      router_state, stats, hyper, config
+    )
+    return optax.apply_updates(params, changes), opt_state, router_state
+
+  return update
+
+
+def _train(case):
+  """(gradients, report) of every step, and the state after the last."""
+  config, model, layout, _, state, put = _setup(case)
+  schedule = training_schedules.Schedule(config)
+  gradients = jax.jit(
+    step_lib.make_gradients(model, config, step_lib.pretrain_loss, layout)
+  )
+  update = _updates(case.alone)
+  own = jax.tree.map(
+    np.asarray, (state.params, state.opt_state, state.router_state)
+  )
+  results = []
+  for step in range(_STEPS):
+    batch, hyper = put(_batch(config, step)), schedule.at(step)
+    params, router_state = own[0], own[2]
+    if layout:
+      params = jax.device_put(params, layout.params())
+    totals = step_lib.batch_totals(batch, config)
+    grads, report = gradients(params, router_state, batch, hyper, totals)
+    results.append(jax.tree.map(np.asarray, (grads, report)))
+    grads, report = results[-1]
+    own = update(*own, grads, report['stats'], hyper)
+    own = jax.tree.map(np.asarray, own)
+  return results, own
+
+
+@functools.cache
+def _one_device(updates):
+  return _train(_Case('1f1b', 1, updates))
+
+
+class GradientsTest(parameterized.TestCase):
+  """Three steps by hand, for what a compiled step costs to compile."""
+
+  @parameterized.parameters(
+    _Case('gpipe', 2),
+    _Case('interleaved', 2),
+    _Case('zb_h1', 4),
+    _Case('dualpipe', 4),
+    _Case('dualpipe_v', 2, (('parallel.stage_layers', '1,2,0,1'),)),
+    _Case('1f1b', 2, (('parallel.expert', 2),)),
+    _Case(
+      'dualpipe', 2, (('parallel.node', 2), ('precision.fp8.enabled', True))
+    ),
+  )
+  @pytest.mark.slow
+  def test_equal_one_device(self, case):
+    # Another order of sums moves values over the edges of FP8's cells.
+    fp8 = case.config.precision.fp8.enabled
+    rung = tolerances.BFLOAT16 if fp8 else tolerances.DEEP_MODEL
+    results, own = _train(case)
+    expected, expected_own = _one_device(case.alone)
+    for i in range(_STEPS if not fp8 else 1):
+      (grads, report), (grads_1, report_1) = results[i], expected[i]
+      tolerances.assert_close(grads, grads_1, rung, f'step {i}')
+      tolerances.assert_close(report, report_1, rung, f'step {i}')
+      for name, stats in report_1['stats'].items():
+        if not fp8:
+          counts = report['stats'][name].counts_E
+          np.testing.assert_array_equal(counts, stats.counts_E)
+    tolerances.assert_close(own[0], expected_own[0], rung)
+    tolerances.assert_close(own[2], expected_own[2], rung)
+
+
+class StepTest(parameterized.TestCase):
+  @pytest.mark.slow
+  def test_a_compiled_step_equals_one_devices(self):
+    states, rows = [], []
+    for case in (_Case('1f1b', 2, (('parallel.data', 2),)), _Case('1f1b', 1)):
+      config, model, layout, tx, state, put = _setup(case)
+      train_step = step_lib.make_train_step(model, config, tx, layout=layout)
+      schedule = training_schedules.Schedule(config)
+      for step in range(_STEPS):
+        batch = put(_batch(config, step))
+        state, metrics = train_step(state, batch, schedule.at(step))
+      states.append(jax.tree.map(np.asarray, state))
+      rows.append(jax.tree.map(np.asarray, metrics))
+    self.assertEqual(states[0].step, _STEPS)
+    np.testing.assert_array_equal(rows[0]['counts'], rows[1]['counts'])
+    tolerances.assert_close(*rows, tolerances.DEEP_MODEL)
+    for name in ('params', 'router_state', 'opt_state'):
+      pair = (getattr(state, name) for state in states)
+      tolerances.assert_close(*pair, tolerances.DEEP_MODEL)
+
+
+class CheckpointTest(parameterized.TestCase):
+  def test_a_run_goes_on_with_another_pipeline_or_none(self):
+    """A checkpoint holds [L, ...], whatever the stages."""
+    written = _Case('dualpipe', 4).config
+    model = step_lib.build_model(written)
+    tx = optimizer.adamw(written.optim, written.precision)
+    state = step_lib.init_state(model, tx, 3, _layout(model, written))
+    with tempfile.TemporaryDirectory() as workdir:
+      with checkpoint.Checkpointer(workdir, written) as saver:
+        saver.save(state.replace(step=jax.numpy.int32(1)), {})
+      for case in (_Case('1f1b', 2), _Case('1f1b', 1)):
+        layout = _layout(model, case.config)
+        like = step_lib.abstract_state(model, tx, layout)
+        with checkpoint.Checkpointer(workdir, case.config) as saver:
+          restored, _, _ = saver.restore(like)
+        jax.tree.map(
+          np.testing.assert_array_equal, restored.params, state.params
+        )
+        w1 = restored.params['moe_layers']['ffn']['w1']
+        parts = {s.data.shape for s in w1.addressable_shards}
+        whole = list(w1.shape)
+        whole[2] //= case.stage
+        self.assertEqual(parts, {tuple(whole)})
+
+
+class ConfigTest(parameterized.TestCase):
+  def test_names_of_schedules_are_the_flags_values(self):
+    self.assertEqual(config_lib.PIPELINES, tuple(schedules.SCHEDULES))
+
+  @parameterized.parameters(
+    ({'parallel.schedule': 'pipedream'}, 'use one of gpipe, 1f1b'),
+    ({'parallel.stage_layers': '4,x'}, 'one number per stage'),
+    ({'parallel.microbatches': 3}, 'must divide data.batch_size=16'),
+    ({'train.micro_batch_size': 2}, 'set one of them to 0'),
+    ({'train.remat': 'alternate'}, 'use full, selective or none'),
+  )
+  def test_refuses(self, updates, message):
+    with self.assertRaisesRegex(ValueError, message):
+      _ = _Case('1f1b', 2, tuple(updates.items())).config
+
+  def test_refuses_batches_that_do_not_fit_the_schedule(self):
+    config = _Case('dualpipe', 2, (('parallel.microbatches', 2),)).config
+    model = step_lib.build_model(config)
+    layout = _layout(model, config)
+    with self.assertRaisesRegex(ValueError, 'nearest is 4'):
+      step_lib.make_gradients(model, config, step_lib.pretrain_loss, layout)
+    with self.assertRaisesRegex(ValueError, 'pre-training only'):
+      step_lib.make_gradients(model, config, lambda *_: None, layout)
+
+  def test_stages_as_asked(self):
+    config = _Case('1f1b', 4, (('parallel.stage_layers', '2,1,1,0'),)).config
+    stages = pipelined.stages(config.model, config.parallel, 4)
+    self.assertEqual(stages[0], [('dense_layers', 0), ('moe_layers', 0)])
+    self.assertEqual(stages[3], [])
+    with self.assertRaisesRegex(ValueError, 'has 8 stages on 4 ranks'):
+      pipelined.stages(config.model, config.parallel, 8)
+
+
+if __name__ == '__main__':
+  absltest.main()
