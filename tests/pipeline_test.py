@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
+from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax import config as config_lib
 from deepseek_jax.parallel import (
+  hlo,
   mesh,
   pipeline,
   placement,
@@ -242,6 +244,57 @@ class MemoryTest(parameterized.TestCase):
     )
     self.assertEqual(few[1], many[1])
     self.assertLess(many[0] - few[0], slot)
+
+
+def _sent(params, state, x, aux):
+  """A layer whose rows travel to another device and back."""
+
+  def exchange(x):
+    return lax.all_to_all(x, 'expert', 0, 0, tiled=True)
+
+  h = jnp.tanh(exchange(x @ params['w1']))
+  return (x + exchange(h @ params['w2']), jnp.zeros((), jnp.float32)), None
+
+
+class OverlapTest(parameterized.TestCase):
+  def test_a_pairs_exchanges_have_other_computation_beside_them(self):
+    """In the compiled program, of the other micro-batch (V3 figure 4)."""
+    schedule = schedules.make('dualpipe', 4, 8)
+    stages = placement.cut([('wide', i) for i in range(4)], (1, 1, 1, 1))
+    config = config_lib.ParallelConfig(stage=4, expert=2)
+    grid = mesh.build(config, jax.devices())
+    params, state, batch = _problem(1, 4, 8, 2 * _ROWS)
+    params = {k: v for k, v in params.items() if k != 'thin'}
+    specs = pipeline.Specs(
+      stored=jax.tree.map(lambda _: P(), params),
+      used=jax.tree.map(lambda _: P(), params),
+      dtypes=jax.tree.map(lambda a: a.dtype, params),
+      batch=P(None, 'expert'),
+      batch_axes=('expert',),
+    )
+    run = pipeline.gradients(
+      pipeline.Program(_embed, {'wide': _sent}, _head),
+      ticks.build(schedule),
+      placement.Layout(schedule, stages),
+      grid,
+      specs,
+    )
+    compiled = jax.jit(run).lower(params, state, batch, _SCALE).compile()
+    program = hlo.parse(compiled.as_text())
+    exchanges = {
+      name: [i for i in body.values() if i.opcode == 'all-to-all']
+      for name, body in program.computations.items()
+    }
+    # A branch's: there and back, of a forward, a backward, or of both.
+    counts = sorted(len(found) for found in exchanges.values() if found)
+    self.assertEqual(counts, [2, 2, 4])
+    for name, found in exchanges.items():
+      body = program.computations[name]
+      for instruction in found if len(found) == 4 else []:
+        beside = hlo.beside(body, instruction.name)
+        dots = [i for i in beside if program.has(i, ('dot',))]
+        # Its own two layers' worth at least: forward 2, backward 4 products.
+        self.assertGreaterEqual(len(dots), 2, instruction.name)
 
 
 class PlacementTest(parameterized.TestCase):

@@ -181,6 +181,7 @@ class StepTest(parameterized.TestCase):
     states, rows = [], []
     for case in (_Case('1f1b', 2, (('parallel.data', 2),)), _Case('1f1b', 1)):
       config, model, layout, tx, state, put = _setup(case)
+      state = jax.tree.map(lambda x: x.copy(), state)  # It is donated.
       train_step = step_lib.make_train_step(model, config, tx, layout=layout)
       schedule = training_schedules.Schedule(config)
       for step in range(_STEPS):

@@ -115,11 +115,18 @@ class TableTest(parameterized.TestCase):
       self.assertEqual(table.makespan(), simulate.simulate(schedule).makespan)
       self.assertEqual(table.bubble(0), ranks - 1)
 
-  def test_pairs_in_lockstep_wait_for_single_steps(self):
+  @parameterized.parameters(
+    (8, 20, 3, 66, 78), (8, 20, 2, 52, 60),
+    (16, 120, 3, 374, 408), (16, 120, 2, 264, 291),
+  )  # fmt: skip
+  def test_pairs_in_lockstep_wait_for_single_steps(
+    self, ranks, microbatches, pair, paper, lockstep
+  ):
     """The price of one loop for all ranks, which the paper's does not pay."""
-    schedule = schedules.make('dualpipe', 8, 20)
-    self.assertEqual(ticks.build(schedule).makespan(), 78)
-    self.assertEqual(simulate.simulate(schedule).makespan, 66)
+    schedule = schedules.make('dualpipe', ranks, microbatches)
+    costs = simulate.Costs(pair=pair)
+    self.assertEqual(simulate.simulate(schedule, costs).makespan, paper)
+    self.assertEqual(ticks.build(schedule).makespan(costs), lockstep)
 
   def test_only_the_channels_that_are_used(self):
     channels = {
