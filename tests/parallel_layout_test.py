@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
+from jax.sharding import PartitionSpec
 
 from deepseek_jax import config as config_lib
 from deepseek_jax import presets
@@ -72,10 +73,14 @@ class InitTest(parameterized.TestCase):
         state.params,
       )
 
-  def test_pipelines_are_refused(self):
+  def test_stages_divide_what_is_stored_and_nothing_else(self):
     config = config_lib.replace(presets.tiny(), {'parallel.stage': 8})
-    with self.assertRaisesRegex(ValueError, 'parallel.stage=8'):
-      step.make_layout(step.build_model(config), config)
+    layout = step.make_layout(step.build_model(config), config)
+    stored = layout.stored['moe_layers']['ffn']['w1']
+    self.assertEqual(stored, PartitionSpec(None, None, 'stage', None))
+    for tree in (layout.step, layout.used):
+      for spec in jax.tree.leaves(tree):
+        self.assertNotIn('stage', str(spec))
 
 
 @pytest.mark.parametrize('source', list(_LAYOUTS))
