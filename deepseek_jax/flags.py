@@ -47,6 +47,7 @@ CHOICES = {
   'optim.schedule': config_lib.LR_SCHEDULES,
   'train.remat': config_lib.REMATS,
   'train.nonfinite': config_lib.NONFINITES,
+  'parallel.schedule': config_lib.PIPELINES,
 }
 _KINDS = {int: 'an integer', float: 'a number', bool: 'true or false'}
 _BOOLS = {'true': True, '1': True, 'false': False, '0': False}
