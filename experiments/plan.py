@@ -4,13 +4,15 @@
     python -m experiments.plan --schedule=zb_h1 --costs=1,2.5,0.8 --out=zb.svg
     python -m experiments.plan --preset=deepseek_v3 --device=h800 \
       --parallel.data=2 --parallel.node=8 --parallel.expert=8 \
-      --parallel.stage=16 --parallel.zero1 --parallel.expert_buffer=1.2 \
+      --parallel.stage=16 \
+      --parallel.stage_layers=3,4,4,4,4,4,4,4,4,4,4,4,4,4,4,2 \
+      --parallel.zero1 --parallel.expert_buffer=1.2 \
       --train.micro_batch_size=128 --precision.fp8.enabled
 
-With `--schedule` alone: the pipeline schedule step by step, each rank's bubble
-and the micro-batches whose activations it holds.  With a preset or a config:
-what a run takes of each device, what crosses each axis of the mesh in a step,
-and how fast a step can be.
+With `--schedule`: a pipeline schedule step by step, each rank's bubble and the
+micro-batches whose activations it holds.  Without: what a run takes of each
+device, what crosses each axis of the mesh in a step, and how fast a step can
+be.
 """
 
 from absl import flags as absl_flags
@@ -66,22 +68,24 @@ def _plan_run() -> None:
   from deepseek_jax.planner import communication, report
 
   config, _ = flags.resolve()
-  schedule, stages = None, config.parallel.stage
-  if stages > 1:
+  schedule, parallel = None, config.parallel
+  if parallel.stage > 1:
     count = communication.microbatches(config)
-    schedule = schedules.make(_SCHEDULE.value or 'dualpipe', stages, count)
+    schedule = schedules.make(parallel.schedule, parallel.stage, count)
   print(report.text(config, _DEVICE.value, schedule))
 
 
 def main() -> None:
   """Prints the plan that the flags ask for."""
   given = {name for name in absl_flags.FLAGS if absl_flags.FLAGS[name].present}
-  is_run = not _SCHEDULE.value or given & {'preset', 'config'}
-  other = {'ranks', 'microbatches', 'costs', 'out'} if is_run else {'device'}
+  is_run = not _SCHEDULE.value
+  other = {'ranks', 'microbatches', 'costs', 'out'}
+  if not is_run:
+    other = {'preset', 'config', 'device'}
   for name in sorted(given & other):
     raise ValueError(
-      f'--{name} is of the plan of a {"schedule" if is_run else "run"}: give '
-      f'{"--schedule and no" if is_run else "a"} --preset, or drop it'
+      f'--{name} is of the plan of a {"schedule" if is_run else "run"}: '
+      f'{"add" if is_run else "drop"} --schedule, or drop it'
     )
   _plan_run() if is_run else _plan_schedule()
 

@@ -9,6 +9,7 @@ from absl.testing import absltest, parameterized
 
 from deepseek_jax import config as config_lib
 from deepseek_jax import presets
+from deepseek_jax.parallel import placement as pipeline_placement
 from deepseek_jax.parallel import schedules, simulate
 from deepseek_jax.planner import (
   activations,
@@ -27,6 +28,7 @@ _PUBLISHED = {
   'parallel.node': 8,
   'parallel.expert': 8,
   'parallel.stage': 16,
+  'parallel.stage_layers': ','.join(['3', *['4'] * 14, '2']),
   'parallel.zero1': True,
   'parallel.expert_buffer': 1.2,
   'train.micro_batch_size': 128,  # A sequence on each of a stage's devices.
@@ -69,15 +71,14 @@ class PublishedLayoutTest(parameterized.TestCase):
     on_device = memory.on_device(held, self.config.parallel)
     self.assertEqual(on_device, 409_157_888)
     for rank in range(1, 15):
-      hosted = placement.hosted(self.config.model, self.schedule, rank)
+      hosted = placement.hosted(self.config, self.schedule, rank)
       held = placement.held(self.config.model, list(hosted.values()))
       on_device = memory.on_device(held, self.config.parallel)
       self.assertEqual(on_device, 8 * 409_157_888)
 
   def test_embedding_head_and_mtp_share_a_rank(self):
     first, last = (
-      placement.hosted(self.config.model, self.schedule, rank)
-      for rank in (0, 15)
+      placement.hosted(self.config, self.schedule, rank) for rank in (0, 15)
     )
     self.assertCountEqual(first.values(), last.values())
     self.assertTrue(any(s.embeds for s in first.values()))
@@ -105,21 +106,21 @@ class PublishedLayoutTest(parameterized.TestCase):
 
   def test_activations_follow_the_schedule(self):
     """PP + 1 micro-batches of four MoE layers (V3 table 2)."""
-    stage = placement.stages(self.config.model, 16)[7]
+    stage = placement.hosted(self.config, self.schedule, 7)[0]
     rows = activations.expert_rows(self.config).allocated
     one = activations.of_stage(self.config, stage, rows)
     found = memory.of_rank(self.config, self.schedule, 7).activations
     self.assertAlmostEqual(found / one, 17)
 
-  def test_zero1_divides_state_over_all_copies(self):
-    """Attention and shared experts over 128 devices, routed ones over 2."""
-    hosted = placement.hosted(self.config.model, self.schedule, 7)
-    held = placement.held(self.config.model, list(hosted.values()))
+  def test_state_is_divided_over_ranks_and_with_zero1_over_copies(self):
+    model = self.config.model
+    total = parameters.main_model(model) + parameters.mtp(model)
     state = memory.of_rank(self.config, self.schedule, 7).state
-    self.assertAlmostEqual(state, 8 * (held.other / 128 + held.routed / 128))
+    self.assertAlmostEqual(state, 8 * total / 2048)
     alone = _v3(**{'parallel.zero1': False})
+    held = placement.held(model, placement.stages(model, 1))
     state = memory.of_rank(alone, self.schedule, 7).state
-    self.assertAlmostEqual(state, 8 * (held.other + held.routed / 64))
+    self.assertAlmostEqual(state, 8 * (held.other + held.routed / 64) / 16)
 
   def test_fits_into_an_h800(self):
     room = devices.DEVICES['h800'].memory
@@ -184,7 +185,12 @@ class DestinationsTest(parameterized.TestCase):
 
 class PlacementTest(parameterized.TestCase):
   def test_v3_on_16_stages(self):
-    cut = placement.stages(presets.deepseek_v3().model, 16)
+    """As `parallel.placement` cuts, or as asked: chunks of four MoE layers."""
+    model = presets.deepseek_v3().model
+    cut = placement.stages(model, 16)
+    sizes = [s.dense + s.moe for s in cut]
+    self.assertEqual(sizes, pipeline_placement.even_sizes(61, 16))
+    cut = placement.stages(model, 16, _v3().parallel.stage_sizes)
     self.assertEqual([s.dense for s in cut], [3] + [0] * 15)
     self.assertEqual([s.moe for s in cut], [0] + [4] * 14 + [2])
     self.assertEqual([s.mtp for s in cut], [0] * 15 + [1])
@@ -202,11 +208,11 @@ class PlacementTest(parameterized.TestCase):
     expected = parameters.main_model(model) + parameters.mtp(model)
     self.assertEqual(sum(map(sum, held)), expected + copies * again)
 
-  def test_as_many_stages_as_layers(self):
-    model = presets.deepseek_v3().model
-    self.assertLen(placement.stages(model, 62), 62)  # MTP counts as one.
-    with self.assertRaisesRegex(ValueError, 'n_layers=61'):
-      placement.stages(model, 63)
+  def test_sizes_that_do_not_fit(self):
+    model = presets.tiny().model
+    for sizes in ((2, 2), (1, 1, 1)):
+      with self.assertRaisesRegex(ValueError, 'add up to model.n_layers=3'):
+        placement.stages(model, 2, sizes)
 
 
 class TrafficTest(parameterized.TestCase):
@@ -222,6 +228,13 @@ class TrafficTest(parameterized.TestCase):
     self.assertEqual(
       sent, [120 * vector] + [240 * vector] * 14 + [120 * vector]
     )
+
+  def test_ranks_bring_their_stages_together(self):
+    held = placement.Held(routed=64 * 1000, other=600)
+    found = communication.collected_traffic(_v3(), held)
+    sent = [t.sent for t in found]
+    self.assertEqual(sent, [2 * 1600 * 15 / 16, 4 * 1600 * 15 / 16])
+    self.assertEqual(sent, [t.crossing for t in found])
 
   def test_zero1_sends_less_than_an_all_reduce(self):
     config = _v3()

@@ -187,3 +187,20 @@ def stage_traffic(config: Config, schedule: Schedule, rank: int) -> Traffic:
   # A stage's devices lie beside each other.
   leaves = config.parallel.n_batch_shards >= NODE
   return Traffic('stage', 'activations and gradients', sent, sent * leaves)
+
+
+def collected_traffic(config: Config, held: placement.Held) -> list[Traffic]:
+  """What a rank's stages cost to bring together: each stores a part of all.
+
+  In a step, its weights are collected once, in the compute dtype, and its
+  gradients given back in float32.
+  """
+  parallel = config.parallel
+  count = held.other + held.routed / (parallel.node * parallel.expert)
+  others = (parallel.stage - 1) / parallel.stage / parallel.fsdp
+  leaves = parallel.n_batch_shards >= NODE
+  sizes = {
+    'weights collected': formats.width(config) * count * others,
+    'gradients given back': 4 * count * others,
+  }
+  return [Traffic('stage', w, sent, sent * leaves) for w, sent in sizes.items()]

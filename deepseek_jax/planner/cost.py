@@ -37,7 +37,7 @@ def traffic(
   config: Config, schedule: Schedule | None = None, rank: int = 0
 ) -> list[Traffic]:
   """All that one device sends in an optimizer step."""
-  layers = placement.hosted(config.model, schedule, rank)
+  layers = placement.hosted(config, schedule, rank)
   forwards = communication.microbatches(config)
   if schedule:
     forwards = schedule.stream_length
@@ -49,9 +49,10 @@ def traffic(
     t._replace(sent=times * t.sent, crossing=times * t.crossing)
     for t in communication.expert_traffic(config)
   ]
+  held = placement.held(config.model, list(layers.values()))
   if schedule:
     result.append(communication.stage_traffic(config, schedule, rank))
-  held = placement.held(config.model, list(layers.values()))
+    result += communication.collected_traffic(config, held)
   return result + communication.parameter_traffic(config, held, forwards)
 
 

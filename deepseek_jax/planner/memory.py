@@ -47,9 +47,9 @@ def of_rank(
 ) -> Memory:
   """Memory of one rank of a pipeline, or of any device without one."""
   parallel, precision = config.parallel, config.precision
-  hosted = placement.hosted(config.model, schedule, rank)
+  hosted = placement.hosted(config, schedule, rank)
   held = placement.held(config.model, list(hosted.values()))
-  step, stored = on_device(held, parallel), stored_on_device(held, parallel)
+  step, stored = on_device(held, parallel), stored_on_device(config)
   moments = [formats.BYTES[d] for d in (precision.mu_dtype, precision.nu_dtype)]
   width, is_alone = formats.width(config), parallel.n_devices == 1
   rows = activations.expert_rows(config).allocated
@@ -99,9 +99,14 @@ def on_device(held: Held, parallel: ParallelConfig) -> float:
   return (held.other + held.routed / parts) / parallel.fsdp
 
 
-def stored_on_device(held: Held, parallel: ParallelConfig) -> float:
-  """Those whose master weights it stores: fewer of them with ZeRO-1."""
-  if not parallel.zero1:
-    return on_device(held, parallel)
-  others = held.other / parallel.n_batch_shards
-  return others + held.routed / parallel.n_batch_shards
+def stored_on_device(config: Config) -> float:
+  """Parameters whose master weights a device stores.
+
+  The ranks of a pipeline divide those of every layer; ZeRO-1 divides them over
+  all copies.
+  """
+  parallel, model = config.parallel, config.model
+  whole = placement.held(model, placement.stages(model, 1))
+  if parallel.zero1:
+    return sum(whole) / parallel.n_devices
+  return on_device(whole, parallel) / parallel.stage

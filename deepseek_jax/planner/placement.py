@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import Config, ModelConfig
 from deepseek_jax.parallel.schedules import Schedule
 from deepseek_jax.planner import parameters
 
@@ -32,26 +32,27 @@ class Held(NamedTuple):
   other: int
 
 
-def stages(model: ModelConfig, n: int) -> list[Stage]:
-  """Cuts the model into `n` stages of equally many layers.
+def stages(
+  model: ModelConfig, n: int, sizes: tuple[int, ...] = ()
+) -> list[Stage]:
+  """Cuts the model into `n` stages, as a pipelined step does.
 
-  Of unequal stages the first and the last are the smaller ones: they hold the
-  embedding and the head as well.  MTP modules count as layers and are last.
-  V3 in 16: three dense layers; 14 times four MoE layers; two and MTP.
+  Args:
+    model: the architecture.
+    n: stages.
+    sizes: layers of each; none: equally many, the last stages one fewer.  MTP
+      modules are not counted: they are with the output head on the last.
 
   Raises:
-    ValueError: if there are more stages than layers.
+    ValueError: the sizes do not fit.
   """
-  total = model.n_layers + model.n_mtp_layers
-  size, extra = divmod(total, n)
-  first = (n - extra) // 2
-  sizes = [size + (first <= i < first + extra) for i in range(n)]
-  sizes[-1] -= model.n_mtp_layers
-  if min(sizes[:-1], default=1) < 1 or sizes[-1] < 0:
+  if not sizes:
+    each, more = divmod(model.n_layers, n)
+    sizes = tuple(each + (i < more) for i in range(n))
+  if len(sizes) != n or sum(sizes) != model.n_layers:
     raise ValueError(
-      f'{n} stages are too many for model.n_layers={model.n_layers} and '
-      f'{model.n_mtp_layers} of MTP, which are to be on the last stage: use '
-      'fewer'
+      f'parallel.stage_layers={",".join(map(str, sizes))}: use {n} numbers '
+      f'that add up to model.n_layers={model.n_layers}'
     )
   result, start = [], 0
   for i, count in enumerate(sizes):
@@ -85,15 +86,16 @@ def held(model: ModelConfig, hosted: list[Stage]) -> Held:
 
 
 def hosted(
-  model: ModelConfig, schedule: Schedule | None, rank: int
+  config: Config, schedule: Schedule | None, rank: int
 ) -> dict[int, Stage]:
   """The stages of one rank of a pipeline, by its chunks.
 
   Without a pipeline, the whole model as chunk 0.
   """
   if schedule is None:
-    return {0: stages(model, 1)[0]}
-  cut = stages(model, schedule.stages)
+    return {0: stages(config.model, 1)[0]}
+  sizes = config.parallel.stage_sizes
+  cut = stages(config.model, schedule.stages, sizes)
   return {
     chunk: cut[stage]
     for (where, chunk), (_, stage) in schedule.places.items()

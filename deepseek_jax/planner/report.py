@@ -64,7 +64,7 @@ def _ranks(config, schedule, per_rank) -> str:
     '|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|',
   ]
   for rank, m in enumerate(per_rank):
-    hosted = list(placement.hosted(config.model, schedule, rank).values())
+    hosted = list(placement.hosted(config, schedule, rank).values())
     held = placement.held(config.model, hosted)
     live = simulate.peak_activations(schedule, rank) if schedule else 1
     sizes = ' | '.join(f'{size / _GB:.4g}' for size in (*m, m.total))
