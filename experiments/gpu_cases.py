@@ -1,0 +1,336 @@
+"""What `gpu_check` checks and times: every kernel, at the real models' shapes.
+
+A case names its operands, the kernel, what must come out, and what else can do
+the same.  The shapes are DeepSeek-V3's and V2-Lite's, with ragged experts; the
+small ones are for a machine without a GPU.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.kernels import (
+  fp8_matmul,
+  grouped,
+  mla_attention,
+  mla_decode,
+  permute,
+  quantize,
+  turn,
+)
+from deepseek_jax.ops import attention
+from deepseek_jax.ops import grouped as grouped_reference
+from deepseek_jax.ops import quantize as reference
+from deepseek_jax.ops.quantize import COLUMN_TILE, ROW_TILE, SQUARE_TILE
+
+BF16, F32 = jnp.bfloat16, jnp.float32
+
+
+class Case(NamedTuple):
+  """One kernel at one shape.
+
+  Attributes:
+    name: with the shape.
+    make: operands, from no arguments.
+    run: `run(*operands, implementation=...)`.
+    truth: float32 result of the operands, by another way where there is one.
+    error: the largest error allowed, relative to the largest magnitude.
+    flops: of one call; 0: the bytes are what counts.
+    bytes: moved at least.
+    others: name -> function of the operands, for timing beside.
+    view: what of a result is compared; rows without a token are undefined.
+  """
+
+  name: str
+  make: Callable[[], tuple]
+  run: Callable[..., Any]
+  truth: Callable[..., Any]
+  error: float
+  flops: float = 0.0
+  bytes: float = 0.0
+  others: dict[str, Callable[..., Any]] = {}
+  view: Callable[..., Any] = lambda result, *_: result
+
+
+def all_cases(small: bool) -> Iterator[Case]:
+  """Every case; `small`: of shapes that a CPU can do."""
+  for rows, dim in ((128, 512),) if small else ((16384, 7168), (16384, 2048)):
+    yield from _rows(rows, dim)
+  shapes = ((128, 256, 256),)
+  if not small:  # M, N, K: wo, wq_a with wkv_a, and V2-Lite's dense FFN.
+    shapes = (4096, 7168, 16384), (4096, 2112, 7168), (8192, 10944, 2048)
+  for shape in shapes:
+    yield from _products(*shape)
+  shapes = ((96, 2, 4, 128, 256),)
+  if not small:  # T, K, E, D, F: 8 of V3's experts with 8192 rows each.
+    shapes = (8192, 8, 8, 7168, 2048), (8192, 6, 64, 2048, 1408)
+  for shape in shapes:
+    yield from _experts(*shape)
+  shapes = ((1, 256, 2, 64, 64),) if small else ((1, 4096, 128, 192, 128),)
+  for shape in shapes:
+    yield from _attention(*shape)
+  yield from _decode(*((2, 8, 256) if small else (128, 128, 4096)))
+
+
+def _draw(*shape, seed=0, dtype=BF16):
+  return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def _values(q):
+  return q.dequantize()
+
+
+def _rows(T, D):
+  x, size = functools.partial(_draw, T, D), T * D
+  shape, e4m3 = f'{T}x{D}', 0.07  # Half a step of three mantissa bits.
+
+  def quantized(name, make, run, truth, tile_bytes):
+    return Case(
+      f'{name} {shape}', make, run, truth, e4m3, bytes=tile_bytes * size,
+      others={'xla': functools.partial(run, implementation='xla')},
+      view=lambda q, *_: _values(q) if hasattr(q, 'scales') else q,
+    )  # fmt: skip
+
+  yield quantized(
+    'quantize', lambda: (x(),),
+    lambda x, implementation=None: quantize.quantize(
+      x, ROW_TILE, implementation=implementation),
+    lambda x: x.astype(F32), 3,
+  )  # fmt: skip
+  yield quantized(
+    'swiglu', lambda: (x(), x(seed=1), jnp.ones(T)),
+    quantize.swiglu,
+    lambda g, u, w: jax.nn.silu(g.astype(F32)) * u.astype(F32) * w[:, None], 5,
+  )  # fmt: skip
+  yield quantized(
+    'rms_norm', lambda: (x(), jnp.ones(D)),
+    functools.partial(quantize.rms_norm, eps=1e-6),
+    lambda x, g: x / jnp.sqrt(
+      jnp.mean(x.astype(F32) ** 2, 1, keepdims=True) + 1e-6) * g, 3,
+  )  # fmt: skip
+  yield quantized(
+    'turn bf16', lambda: (x(),),
+    functools.partial(turn.quantize, tile=COLUMN_TILE),
+    lambda x: x.astype(F32), 3,
+  )  # fmt: skip
+  yield quantized(
+    'turn e4m3', lambda: (reference.quantize(x(), ROW_TILE),),
+    functools.partial(turn.requantize, tile=COLUMN_TILE),
+    _values, 2,
+  )  # fmt: skip
+
+
+def _highest(a, b):
+  return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _cublas(a, b):
+  return jnp.matmul(_values(a).astype(BF16), _values(b).astype(BF16))
+
+
+def _products(M, N, K):
+  """Fprop and Dgrad, then Wgrad, of one matrix."""
+
+  def truth(a, b):
+    return _highest(_values(a), _values(b))
+
+  for name, tile, dtype in (
+    ('fp8_matmul', SQUARE_TILE, BF16), ('fp8_matmul wgrad', COLUMN_TILE, F32)
+  ):  # fmt: skip
+
+    def make(tile=tile):
+      b = reference.quantize(_draw(N, K, seed=1), tile[::-1])
+      return reference.quantize(_draw(M, K), ROW_TILE), b.mT
+
+    run = functools.partial(fp8_matmul.dot, dtype=dtype)
+    yield Case(
+      f'{name} {M}x{N}x{K}', make, run, truth, 2e-2, flops=2.0 * M * N * K,
+      bytes=M * K + N * K + M * N * jnp.dtype(dtype).itemsize,
+      others={
+        'xla': functools.partial(run, implementation='xla'),
+        'dequantise, cuBLAS bf16': _cublas,
+      },
+    )  # fmt: skip
+
+
+def _experts(T, K, E, D, F):
+  """Products of rows grouped by expert, and what brings the rows there."""
+
+  def layout():
+    weights = np.linspace(0.5, 1.5, E)  # Ragged, as a router's choices are.
+    ids = np.random.default_rng(0).choice(E, (T, K), p=weights / weights.sum())
+    return grouped_reference.lay_out(jnp.asarray(ids, jnp.int32), E)
+
+  rows = T * K
+  shape, flops = f'{rows}x{D}x{F} of {E}', 2.0 * rows * D * F
+
+  def make():
+    x = grouped_reference.permute(_draw(T, D), layout())
+    return x, _draw(E, D, F, seed=1) / D**0.5, layout().groups
+
+  def turned():
+    x, w, groups = make()
+    return grouped_reference.dot(x, w, groups), w, groups
+
+  def pair():
+    x, w, groups = make()
+    return x, grouped_reference.dot(x, w, groups), groups
+
+  def real(y, *args):
+    return jnp.where(
+      jnp.arange(y.shape[0])[:, None] < args[-1].count[0] * 128, y, 0
+    )
+
+  xla = {'implementation': 'xla'}
+  dot, back = grouped.dot, functools.partial(grouped.dot, turned=True)
+  for name, f, operands in (
+    ('grouped bf16', dot, make), ('grouped bf16 dgrad', back, turned)
+  ):  # fmt: skip
+    others = {'xla': functools.partial(f, **xla)}
+    if f is dot:
+      others |= _ragged_dots()
+    yield Case(
+      f'{name} {shape}', operands, f, functools.partial(f, **xla), 2e-2,
+      flops=flops, others=others, view=real,
+    )  # fmt: skip
+  outer = grouped.outer
+  yield Case(
+    f'grouped bf16 wgrad {shape}', pair, outer,
+    functools.partial(outer, **xla), 1e-3, flops=flops,
+    others={'xla': functools.partial(outer, **xla)},
+  )  # fmt: skip
+
+  def fp8(tile, source):
+    a, b, groups = source()
+    if tile == ROW_TILE:
+      w = reference.quantize(b.mT, SQUARE_TILE).mT
+      return reference.quantize(a, ROW_TILE), w, groups
+    return *(reference.quantize(v.mT, ROW_TILE).mT for v in (a, b)), groups
+
+  for name, f, tile, source, view in (
+    ('grouped fp8', functools.partial(grouped.fp8_dot, dtype=BF16), ROW_TILE,
+     make, real),
+    ('grouped fp8 wgrad', grouped.fp8_outer, COLUMN_TILE, pair,
+     lambda y, *_: y),
+  ):  # fmt: skip
+    yield Case(
+      f'{name} {shape}', functools.partial(fp8, tile, source), f,
+      functools.partial(f, **xla), 2e-2, flops=flops, view=view,
+      others={'xla': functools.partial(f, **xla)},
+    )  # fmt: skip
+
+  yield Case(
+    f'permute {T}x{K}x{D}', lambda: (_draw(T, D), layout()), permute.permute,
+    grouped_reference.permute, 0.0, bytes=4.0 * rows * D,
+    others={'xla': functools.partial(permute.permute, **xla)},
+  )  # fmt: skip
+  yield Case(
+    f'unpermute {T}x{K}x{D}',
+    lambda: (make()[0], layout(), jnp.ones((T, K)) / K),
+    permute.unpermute, grouped_reference.unpermute, 1e-2,
+    bytes=2.0 * (rows + T) * D,
+    others={'xla': functools.partial(permute.unpermute, **xla)},
+  )  # fmt: skip
+
+
+def _ragged_dots():
+  """Grouped products that come with jax, and with tokamax if it is there."""
+
+  def sizes(groups):
+    return groups.blocks_E * 128
+
+  def lax_ragged(x, w, groups):
+    return jax.lax.ragged_dot(x, w, sizes(groups))
+
+  def pallas_ragged(x, w, groups):
+    from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
+
+    return ragged_dot_mgpu.ragged_dot(
+      x, w, group_sizes=sizes(groups), block_m=128, block_n=128, block_k=64,
+      max_concurrent_steps=4, grid_block_n=8,
+    )  # fmt: skip
+
+  found = {'lax.ragged_dot': lax_ragged, 'jax ragged_dot_mgpu': pallas_ragged}
+  if importlib.util.find_spec('tokamax'):
+    tokamax = importlib.import_module('tokamax')
+    found['tokamax'] = lambda x, w, g: tokamax.ragged_dot(x, w, sizes(g))
+  return found
+
+
+def _attention(B, T, N, H, U):
+  """MLA's training attention, causal, forward and backward."""
+  scale = H**-0.5
+
+  def make():
+    q, k = (_draw(B, T, N, H, seed=i) for i in range(2))
+    return q, k, _draw(B, T, N, U, seed=2)
+
+  def forward(q, k, v, implementation=None):
+    return mla_attention.attend(q, k, v, scale, implementation=implementation)
+
+  def gradient(f):
+    def loss(q, k, v):
+      return jnp.sum(f(q, k, v).astype(F32) ** 2)
+
+    return jax.grad(loss, argnums=(0, 1, 2))
+
+  def backward(q, k, v, implementation=None):
+    f = functools.partial(forward, implementation=implementation)
+    return gradient(f)(q, k, v)
+
+  def plain(q, k, v):
+    f32 = (x.astype(F32) for x in (q, k, v))
+    return attention.attend(*f32, scale)
+
+  shape, pairs = f'{B}x{T}x{N}x{H}/{U}', B * N * T * T / 2
+  others = {}
+  if importlib.util.find_spec('tokamax'):
+    tokamax = importlib.import_module('tokamax')
+
+    def from_tokamax(q, k, v):
+      return tokamax.dot_product_attention(
+        q, k, v, scale=scale, is_causal=True, implementation='mosaic'
+      )
+
+    others['tokamax'] = from_tokamax
+  for name, f, truth, flops, wrap in (
+    ('attention', forward, plain, 2 * pairs * (H + U), lambda g: g),
+    ('attention with backward', backward, gradient(plain),
+     pairs * (2 * (H + U) + 4 * (H + U) + 2 * H), gradient),
+  ):  # fmt: skip
+    yield Case(
+      f'{name} {shape}', make, f, truth, 3e-2, flops=flops,
+      others={'xla': functools.partial(f, implementation='xla')}
+      | {other: wrap(g) for other, g in others.items()},
+    )  # fmt: skip
+
+
+def _decode(B, N, S):
+  """MLA's decoding attention over a cache of latents."""
+  C, P = (512, 64) if S > 1024 else (128, 64)
+  X, scale = C + P, 192**-0.5
+
+  def make():
+    positions = np.random.default_rng(0).integers(S // 2, S, (B, 1))
+    positions = jnp.asarray(positions, jnp.int32)
+    return _draw(B, 1, N, X), _draw(B, S, X, seed=1), positions
+
+  def run(q, cache, positions, implementation=None):
+    return mla_decode.attend_latents(
+      q, cache, C, positions, scale, implementation=implementation
+    )
+
+  def truth(q, cache, positions):
+    f32 = q.astype(F32), cache.astype(F32)
+    return run(*f32, positions, implementation='xla')
+
+  yield Case(
+    f'decode {B}x{N}x{S}x{X}', make, run, truth, 2e-2,
+    bytes=2.0 * B * S * X * 0.75,
+    others={'xla': functools.partial(run, implementation='xla')},
+  )  # fmt: skip
