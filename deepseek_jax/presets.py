@@ -281,6 +281,25 @@ def bench_cpu() -> Config:
   )
 
 
+def bench_gpu() -> Config:
+  """V2-Lite cut to one GPU of 80 GB: 3.9B parameters, 1.2B of them active.
+
+  12 of 27 layers and 32 of 64 experts; widths, heads and vocabulary are whole.
+  """
+  base = deepseek_v2_lite()
+  return dataclasses.replace(
+    base,
+    model=dataclasses.replace(
+      base.model,
+      n_layers=12,
+      moe=dataclasses.replace(base.model.moe, n_routed_experts=32),
+    ),
+    data=dataclasses.replace(base.data, batch_size=16),
+    optim=dataclasses.replace(base.optim, warmup_steps=10),
+    train=config_lib.TrainConfig(steps=20, micro_batch_size=2),
+  )
+
+
 def tiny() -> Config:
   """The model of the tests: every part of V3, compiled in seconds."""
   base = quickstart()
@@ -331,6 +350,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     quickstart,
     ablation,
     bench_cpu,
+    bench_gpu,
     tiny,
   )
 }

@@ -5,6 +5,8 @@
     python -m experiments.bench --suite=remat         # recomputation policies
     python -m experiments.bench --suite=parallel --preset=quickstart
     python -m experiments.bench --suite=pipeline --preset=tiny
+    python -m experiments.bench --suite=gpu           # bench_gpu, BF16 and FP8
+    python -m experiments.bench --suite=gpu --dry_run # compiled, without a GPU
     python -m experiments.bench --preset=tiny --rounds=2
 
 Prints ratios: other work on the machine slows both sides of each.
@@ -21,16 +23,19 @@ from absl import flags as absl_flags
 from deepseek_jax import config as config_lib
 from deepseek_jax import flags, presets
 from deepseek_jax.planner import flops as flops_lib
-from experiments import bench_pipeline, bench_worker
+from experiments import bench_gpu, bench_pipeline, bench_worker
 
 _SUITE = absl_flags.DEFINE_enum(
   'suite',
   'train',
-  ['train', 'decode', 'remat', 'parallel', 'pipeline'],
+  ['train', 'decode', 'remat', 'parallel', 'pipeline', 'gpu'],
   'What is compared.',
 )
 _ROUNDS = absl_flags.DEFINE_integer(
   'rounds', 5, 'Timed rounds after one of warm-up.', lower_bound=1
+)
+_DRY_RUN = absl_flags.DEFINE_bool(
+  'dry_run', False, 'Suite gpu: compile for an H100, and print the memory.'
 )
 _AGAINST = absl_flags.DEFINE_list(
   'against',
@@ -215,8 +220,21 @@ def _remat_table(config: config_lib.Config) -> str:
   return '\n'.join(lines)
 
 
+def _gpu_table(options: dict, config: config_lib.Config) -> str:
+  if _DRY_RUN.value:
+    return bench_gpu.compile_only(config)
+
+  def start(updates):
+    changed = {**options['updates'], **updates}
+    return Worker(OURS, {**options, 'updates': changed})
+
+  return bench_gpu.measure(start, config, _ROUNDS.value)
+
+
 def main() -> None:
   """Runs the suite on the command line's config and prints its table."""
+  if _SUITE.value == 'gpu' and not absl_flags.FLAGS['preset'].present:
+    absl_flags.FLAGS.preset = 'bench_gpu'
   config, _ = flags.resolve()
   if _SUITE.value == 'remat':
     print(_remat_table(config))
@@ -236,6 +254,9 @@ def main() -> None:
     'preset': preset,
     'updates': {name: new for name, (_, new) in updates.items()},
   }
+  if _SUITE.value == 'gpu':
+    print(_gpu_table(options, config))
+    return
   with contextlib.ExitStack() as stack:
     workers = []
     for name in [OURS, *_AGAINST.value]:

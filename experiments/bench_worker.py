@@ -65,7 +65,9 @@ class JaxWorker:
     )
 
   def _train_args(self):
-    tokens = _tokens(self._config, self._count)[None]
+    tokens = _tokens(self._config, self._count)
+    b = self._config.micro_batch_size
+    tokens = tokens.reshape(-1, b, tokens.shape[-1])
     batch = {'tokens': tokens, 'segments': np.ones_like(tokens)}
     return self._state, batch, self._hyper(self._count)
 
@@ -106,10 +108,17 @@ class JaxWorker:
     x = self._jax.numpy.ones((MATMUL, MATMUL))
     self._jax.block_until_ready(x @ x)
 
-  def memory(self) -> dict[str, float]:
-    """Bytes that the compiled step needs, and the process's peak."""
-    stats = self._jax.local_devices()[0].memory_stats() or {}
-    return {'peak_bytes': stats.get('peak_bytes_in_use', _peak_rss())}
+  def memory(self) -> dict[str, float | str | None]:
+    """The peak of the device's memory, or the process's; and the device."""
+    from deepseek_jax.training import throughput
+
+    device = self._jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    return {
+      'peak_bytes': stats.get('peak_bytes_in_use', _peak_rss()),
+      'peak_flops': throughput.peak_flops(device),
+      'device': device.device_kind,
+    }
 
 
 class TorchWorker:

@@ -1,13 +1,15 @@
 """JAX's CUDA plugin beside the CPU's jaxlib: programs compiled for no GPU.
 
-The two wheels (130 MB) come on first use into a folder of the system's
-temporary directory, which only the subprocesses that compile see: installed
-into the environment they would make every start of JAX print a traceback.
+The two wheels (130 MB), and NVIDIA's assembler where the machine has none, come
+on first use into a folder of the system's temporary directory, which only the
+subprocesses that compile see: installed into the environment they would make
+every start of JAX print a traceback.
 """
 
 import fcntl
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,6 +18,9 @@ import jax
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _WHEELS = ('jax-cuda13-plugin', 'jax-cuda13-pjrt')
+# XLA looks for ptxas in the PATH, here, and beside the plugin.
+_CUDA = pathlib.Path('/usr/local/cuda/bin/ptxas')
+_ASSEMBLER = ('nvidia-cuda-nvcc>=13,<14', 'nvidia-nvvm>=13,<14')
 
 
 def plugin() -> pathlib.Path:
@@ -29,6 +34,8 @@ def plugin() -> pathlib.Path:
       with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
         target = pathlib.Path(partial) / 'target'
         wheels = [f'{wheel}=={jax.__version__}' for wheel in _WHEELS]
+        if not (shutil.which('ptxas') or _CUDA.exists()):
+          wheels += _ASSEMBLER
         pip = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps']
         subprocess.run([*pip, f'--target={target}', *wheels], check=True)
         target.rename(folder)

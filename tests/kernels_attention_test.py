@@ -1,5 +1,7 @@
 """MLA's kernels, interpreted on a CPU and lowered for CUDA, beside `ops/`."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from deepseek_jax.kernels import mla_attention, mla_decode, mosaic
 from deepseek_jax.layers import mla
 from deepseek_jax.ops import attention, cached_attention
 from deepseek_jax.ops.fp8_recipe import Kept
-from tests import tolerances
+from tests import deviceless, tolerances
 
 _SCALE = 0.1
 
@@ -262,3 +264,47 @@ def test_the_layer_takes_the_kernel_on_a_hopper(setting, kernels, cached):
   variables = jax.eval_shape(layer.init, jax.random.key(0), x, positions)
   text = mosaic.lower(run, variables, x, positions, cache)
   assert text.count('stablehlo.custom_call @mosaic_gpu') == kernels
+
+
+_ASSEMBLE = """
+import jax, jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from deepseek_jax.kernels import mla_attention, mla_decode, mosaic
+from deepseek_jax.parallel import topology
+place = SingleDeviceSharding(topology.topology('h100', 1)[0])
+def shape(*sizes, dtype=jnp.bfloat16):
+  return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+def attend(q, k, v, dout, segments):
+  def run(*operands):
+    return mla_attention.attend(*operands, 0.1, segments)
+  out, vjp = jax.vjp(run, q, k, v)
+  return out, vjp(dout)
+def decode(q, cache, positions):
+  return mla_decode.attend_latents(q, cache, 512, positions, 0.1)
+q, v = shape(1, 4096, 16, 192), shape(1, 4096, 16, 128)
+ints = shape(1, 4096, dtype=jnp.int32), shape(8, 2, dtype=jnp.int32)
+with mosaic.for_hopper():
+  jax.jit(attend).lower(q, q, v, v, None).compile()
+  jax.jit(attend).lower(q, q, v, v, ints[0]).compile()
+  latents = shape(8, 2, 16, 576), shape(8, 4096, 576)
+  jax.jit(decode).lower(*latents, ints[1]).compile()
+"""
+
+
+@pytest.mark.slow
+def test_kernels_are_assembled_without_spills(tmp_path, monkeypatch):
+  """By ptxas for sm_90a: nothing of a tile leaves the registers.
+
+  A tile's row is 4 bytes of each thread for every two columns, so that a
+  handful of spilled bytes are loop invariants.
+  """
+  monkeypatch.setenv('MOSAIC_GPU_DUMP_PTXAS', '1')
+  monkeypatch.setenv('MOSAIC_GPU_DUMP_TO', str(tmp_path))
+  deviceless.run('-c', _ASSEMBLE)
+  reports = [path.read_text() for path in sorted(tmp_path.glob('*.ptxas'))]
+  assert len(reports) == 7
+  for report in reports:
+    assert 'sm_90a' in report
+    assert 'serialized' not in report  # Of wgmma: one waits for the other.
+    spilled = re.findall(r'(\d+) bytes spill stores', report)
+    assert spilled and max(map(int, spilled)) <= 64, report

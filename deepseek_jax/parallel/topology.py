@@ -2,9 +2,11 @@
 
 `jax.jit(f).lower(shapes with shardings on these devices).compile()` gives HLO
 and memory analysis of a program for one H100 or for thousands.  Needed are the
-two wheels of JAX's CUDA plugin, of JAX's own version, and no NVIDIA library:
+two wheels of JAX's CUDA plugin, of JAX's own version, and `ptxas`, by the third
+wheel if CUDA is not installed:
 
-    pip install --no-deps --target=cuda jax-cuda13-plugin==X jax-cuda13-pjrt==X
+    pip install --no-deps --target=cuda jax-cuda13-plugin==X \
+      jax-cuda13-pjrt==X nvidia-cuda-nvcc
     PYTHONPATH=cuda JAX_PLATFORMS=cpu python ...
 
 They lie in a folder of their own, since an installed plugin without a GPU makes
