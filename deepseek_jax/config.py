@@ -277,12 +277,12 @@ class FP8Config:
   A format is written e4m3, e5m2, e5m6, e8m7 (bfloat16), or as any such pair.
   """
 
-  enabled: bool = False  # Linears of attention, dense FFN and shared experts.
+  enabled: bool = False  # All linears of attention, dense FFN and experts.
   fmt: str = 'e4m3'  # Operands of all three products.
-  gradient_fmt: str = 'e4m3'  # Output gradients; others take e5m2.
+  gradient_fmt: str = 'e4m3'  # Output gradients, also sent; others: e5m2.
   attn_out_fmt: str = 'e5m6'  # Kept of attention's output, 12 bits.
   swiglu_fmt: str = 'e4m3'  # Kept of SwiGLU's inputs; its output is recomputed.
-  dispatch_fmt: str = 'e4m3'  # Tokens, and their gradients, sent to experts.
+  dispatch_fmt: str = 'e4m3'  # Tokens sent to experts; see gradient_fmt.
   scale: str = 'float32'  # float32: amax / max; ceil, floor: powers of two.
   turned_scale: str = 'ceil'  # Of attention's output and of what is dispatched.
   activation_tile: str = '1x128'
@@ -301,6 +301,7 @@ class FP8Config:
         _choice(p + name, value, SCALES)
       elif name.endswith('tile'):
         _choice(p + name, value, TILES)
+    _choice(p + 'weight_tile', self.weight_tile, TILES[1:])
     _choice(p + 'accumulate', self.accumulate, ACCUMULATE)
     tiles = {self.activation_tile, self.weight_tile, self.gradient_tile}
     divides = self.promote > 0 and 128 % self.promote == 0

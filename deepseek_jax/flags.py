@@ -40,7 +40,7 @@ CHOICES = {
   'precision.fp8.scale': config_lib.SCALES,
   'precision.fp8.turned_scale': config_lib.SCALES,
   'precision.fp8.activation_tile': config_lib.TILES,
-  'precision.fp8.weight_tile': config_lib.TILES,
+  'precision.fp8.weight_tile': config_lib.TILES[1:],
   'precision.fp8.gradient_tile': config_lib.TILES,
   'precision.fp8.accumulate': config_lib.ACCUMULATE,
   'precision.kernels': config_lib.KERNELS,

@@ -1,13 +1,22 @@
 """A whole model in FP8: what is quantised, and what must not change it."""
 
+import dataclasses
 import functools
 
 import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
 import numpy as np
 from absl.testing import parameterized
 
+from deepseek_jax import config as config_lib
+from deepseek_jax import presets
+from deepseek_jax.convert import fp8, names
+from deepseek_jax.layers.block import Block
+from deepseek_jax.models import deepseek
 from tests import tolerances
 from tests.invariance_test import _run, make_config
+from tests.parity_test import draw
 
 
 def _small(**changes):
@@ -56,3 +65,146 @@ class InvarianceTest(parameterized.TestCase):
   def test_accumulation(self):
     config = _fp8(train__micro_batch_size=1)
     _assert_same(_run(config, _batch()), _baseline())
+
+
+_FP8 = config_lib.FP8Config(enabled=True)
+
+
+def _leaf(tree, path):
+  for key in path:
+    tree = tree[key]
+  return tree
+
+
+def _round(tensor, array):
+  """One released matrix to FP8 and back, as conversion does it."""
+  matrix = tensor.from_jax(array)
+  scales = fp8.block_scales(matrix, power_of_two=True)
+  codes = fp8.quantise(matrix, scales)
+  return tensor.to_jax(fp8.dequantise(codes, scales, np.float32))
+
+
+def _with_names(jaxpr):
+  """Name -> dtypes of the arrays that carry it, in a jaxpr and all within."""
+  found = {}
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == 'name':
+      dtypes = found.setdefault(eqn.params['name'], set())
+      dtypes.add(eqn.outvars[0].aval.dtype.name)
+    for inner in jex.jaxprs_in_params(eqn.params):
+      for name, dtypes in _with_names(inner).items():
+        found.setdefault(name, set()).update(dtypes)
+  return found
+
+
+class MapTest(parameterized.TestCase):
+  """Which tensors are FP8: FACTS 3.1, and the released checkpoint."""
+
+  def test_weights_are_those_of_the_released_checkpoint_and_their_blocks(self):
+    """Rounding an FP8 weight by conversion's rule changes no bit of a logit.
+
+    Scales are powers of two here: only then is rounding twice the same as once.
+    Rounding any other parameter does change them.
+    """
+    config = dataclasses.replace(
+      presets.tiny().model, dim=136, n_heads=5, inter_dim=130
+    )
+    params, state = jax.tree.map(np.array, draw(config, None))
+    precision = config_lib.PrecisionConfig(
+      'float32', fp8=dataclasses.replace(_FP8, scale='ceil')
+    )
+    model = deepseek.Transformer(config, precision)
+    tokens = np.arange(24).reshape(2, 12)
+
+    @jax.jit
+    def heads(params):
+      variables = {'params': params, 'router_state': state}
+      output = model.apply(variables, tokens)
+      hidden = output.hidden_BTD
+      logits = model.apply(variables, hidden, method='unembed')
+      return logits, output.mtp_hidden
+
+    before = heads(params)
+    table = [t for t in names.tensors(config) if t.leaf[:1] == ('params',)]
+    linear = {t.leaf for t in table if t.is_linear}
+    for tensor in table:
+      leaf = _leaf(params, tensor.leaf[1:])
+      if tensor.is_linear:
+        array = np.array(leaf[tensor.index])
+        leaf[tensor.index] = _round(tensor, array)
+        self.assertGreater(np.abs(leaf[tensor.index] - array).max(), 0)
+    jax.tree.map(np.testing.assert_array_equal, heads(params), before)
+    others, rng = {t.leaf for t in table} - linear, np.random.default_rng(0)
+    self.assertEqual(
+      {leaf[-1] for leaf in others},
+      {'embed', 'head', 'gate', 'eh_proj', 'enorm', 'hnorm'}
+      | {'attn_norm', 'ffn_norm', 'q_norm', 'kv_norm', 'norm'},
+    )
+    for leaf in others:
+      array = _leaf(params, leaf[1:])
+      kept = array.copy()
+      array *= 1 + 0.03 * rng.standard_normal(array.shape).astype('f4')
+      after = jax.tree.leaves(heads(params))
+      same = zip(after, jax.tree.leaves(before))
+      self.assertFalse(all((a == b).all() for a, b in same), leaf)
+      array[...] = kept
+
+  def test_what_is_kept(self):
+    """Names and number formats of what may be kept for the backward pass."""
+    config = dataclasses.replace(presets.tiny().model, n_dense_layers=0)
+    block = Block(config, True, config_lib.PrecisionConfig(fp8=_FP8))
+    x = jnp.zeros((1, 8, config.dim), jnp.bfloat16)
+    ids, mask = jnp.zeros((1, 8), jnp.int32), jnp.ones((1, 8))
+    variables = jax.eval_shape(
+      block.init, jax.random.key(0), x, ids, None, mask
+    )
+
+    def loss(variables, x):
+      return block.apply(variables, x, ids, None, mask)[0].sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(variables, x).jaxpr
+    found = _with_names(jaxpr)
+    bf16, e4m3, scale = 'bfloat16', 'float8_e4m3fn', 'float32'
+    expected = dict.fromkeys(('wq_a', 'wq_b', 'wkv_a', 'wkv_b', 'wo'), {bf16})
+    expected |= dict.fromkeys(('w1', 'w2', 'w3'), {bf16})
+    expected |= {
+      'linear_in': {e4m3, 'uint8', scale},  # Those of experts as integers.
+      'ffn_up': {e4m3, 'uint8', scale},
+      'attn_out': {'uint8', scale},  # E5M6, two in three bytes.
+      'attn_lse': {'float32'},
+      'routing': {'float32', 'int32'},
+    }
+    self.assertEqual(found, expected)
+
+  @parameterized.parameters(
+    ('fmt', 'e5m2'),
+    ('gradient_fmt', 'e5m2'),
+    ('attn_out_fmt', 'e4m3'),
+    ('swiglu_fmt', 'e5m6'),
+    ('dispatch_fmt', 'e8m7'),
+    ('scale', 'ceil'),
+    ('turned_scale', 'floor'),
+    ('activation_tile', '128x128'),
+    ('weight_tile', 'tensor'),
+    ('gradient_tile', '128x128'),
+    ('accumulate', 'hopper14'),
+    ('promote', 64),
+  )
+  def test_every_flag_reaches_the_program(self, name, value):
+    self.assertNotEqual(_program(**{name: value}), _program())
+
+
+@functools.cache
+def _program(**changes):
+  """The text of a layer and its gradient."""
+  config = dataclasses.replace(presets.tiny().model, dim=256, inter_dim=256)
+  fp8_config = dataclasses.replace(_FP8, **changes)
+  block = Block(config, True, config_lib.PrecisionConfig(fp8=fp8_config))
+  x = jnp.zeros((1, 256, config.dim))
+  ids, mask = jnp.zeros((1, 256), jnp.int32), jnp.ones((1, 256))
+  variables = jax.eval_shape(block.init, jax.random.key(0), x, ids, None, mask)
+
+  def loss(variables, x):
+    return block.apply(variables, x, ids, None, mask)[0].sum()
+
+  return str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(variables, x))

@@ -1,5 +1,6 @@
 """Continues prompts: prefill, then plain or speculative decoding."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.config import FP8Config
 from deepseek_jax.inference import cache as cache_lib
 from deepseek_jax.inference import decode as decode_lib
 from deepseek_jax.inference import prefill as prefill_lib
@@ -86,7 +88,15 @@ def generate(
   """
   _check(model.config, prompts, max_new_tokens, drafts, chunk)
   how = sampling.sampling(temperature, top_k, top_p)
-  model = model.clone(remat='none', scan_layers=False, mask_documents=False)
+  # In compute dtype also after training in FP8: to quantise every weight for
+  # every token would cost more than it saves.
+  precision = dataclasses.replace(model.precision, fp8=FP8Config())
+  model = model.clone(
+    precision=precision,
+    remat='none',
+    scan_layers=False,
+    mask_documents=False,
+  )
   variables = weights.unstack(model, variables)
   stops = np.asarray(list(stop_ids), np.int32)
   carry, tokens = _begin(

@@ -13,7 +13,13 @@ from deepseek_jax.config import ModelConfig, ParallelConfig, PrecisionConfig
 from deepseek_jax.kernels import dispatch, experts
 from deepseek_jax.layers import params
 from deepseek_jax.layers.mlp import MLP
-from deepseek_jax.ops import expert_decode, losses, routing
+from deepseek_jax.ops import (
+  expert_decode,
+  fp8_experts,
+  fp8_recipe,
+  losses,
+  routing,
+)
 from deepseek_jax.parallel import expert, sharding
 
 
@@ -79,7 +85,13 @@ class MoE(nn.Module):
     )
     return y_BTD, stats
 
-  def _expert_ffn(self):
+  def _ffn(self, decodes, fp8):
+    """The experts' function, of tokens, weights, ids and gate weights."""
+    if decodes:
+      return expert_decode.expert_ffn
+    if fp8:
+      recipe = fp8_recipe.of(self.precision.fp8)
+      return functools.partial(fp8_experts.expert_ffn, recipe=recipe)
     chosen = dispatch.requested(self.precision.kernels)
     return functools.partial(experts.expert_ffn, implementation=chosen)
 
@@ -95,12 +107,16 @@ class MoE(nn.Module):
       ids_TK = routing.choose_replicas(ids_TK, replicas_EX)
       # Copies may lie on other nodes than their expert's group.
       exchange = dataclasses.replace(exchange, max_nodes=0)
+    weights = self._expert_weights()
+    fp8 = self.precision.fp8.enabled and not decodes
+    if not fp8:  # There, they are rounded once, to FP8.
+      weights = [w.astype(x_BTD.dtype) for w in weights]
     y_TD = expert.routed_ffn(
       x_BTD.reshape(B * T, D),
-      *self._expert_weights(x_BTD),
+      *weights,
       ids_TK,
       route.weights_TK.reshape(B * T, -1),
-      expert_decode.expert_ffn if decodes else self._expert_ffn(),
+      self._ffn(decodes, fp8),
       exchange,
     )
     return y_TD.reshape(x_BTD.shape)
@@ -118,7 +134,7 @@ class MoE(nn.Module):
     ids = checkpoint_name(route.expert_ids_TK, 'routing')
     return route._replace(expert_ids_TK=ids)
 
-  def _expert_weights(self, x_BTD):
+  def _expert_weights(self):
     c = self.config
     D, F = c.dim, c.moe.moe_inter_dim
     E = sharding.local_experts(c.moe.n_routed_experts)
@@ -129,7 +145,7 @@ class MoE(nn.Module):
     w1 = self.param('w1', up, (E, D, F), jnp.float32)
     w2 = self.param('w2', down, (E, F, D), jnp.float32)
     w3 = self.param('w3', up, (E, D, F), jnp.float32)
-    return [w.astype(x_BTD.dtype) for w in (w1, w2, w3)]
+    return w1, w2, w3
 
   def _balance_loss(self, route, mask_BT):
     moe = self.config.moe

@@ -138,8 +138,10 @@ def round_to(x: jax.Array, fmt: Format) -> jax.Array:
 def encode(x: jax.Array, fmt: Format) -> jax.Array:
   """`round_to`, stored in `fmt.dtype`."""
   rounded = round_to(x, fmt)
-  if fmt in _DTYPES:
+  if fmt == BF16:
     return rounded.astype(fmt.dtype)
+  # Not by XLA's own casts from and to float8: in large CPU programs (jaxlib
+  # 0.10.2) some kernels take E4M3 numbers above 240 for NaN.
   M, is_negative = fmt.mantissa_bits, jnp.signbit(rounded)
   bits = lax.bitcast_convert_type(jnp.abs(rounded), jnp.int32)
   # Exponent and mantissa lie side by side: a new bias and a shift move both.
@@ -152,13 +154,18 @@ def encode(x: jax.Array, fmt: Format) -> jax.Array:
   code = jnp.where(jnp.isinf(rounded), top, code)
   code = jnp.where(jnp.isnan(rounded), nan, code)
   sign = is_negative.astype(jnp.int32) << (fmt.bits - 1)
-  return (code | sign).astype(fmt.dtype)
+  code |= sign
+  if fmt in _DTYPES:
+    return lax.bitcast_convert_type(code.astype(jnp.uint8), fmt.dtype)
+  return code.astype(fmt.dtype)
 
 
 def decode(codes: jax.Array, fmt: Format) -> jax.Array:
   """The float32 numbers that `encode` stored."""
-  if fmt in _DTYPES:
+  if fmt == BF16:
     return codes.astype(jnp.float32)
+  if fmt in _DTYPES:
+    codes = lax.bitcast_convert_type(codes, jnp.uint8)
   M, codes = fmt.mantissa_bits, codes.astype(jnp.int32)
   magnitude = codes & (2 ** (fmt.bits - 1) - 1)
   field, mantissa = magnitude >> M, magnitude & (2**M - 1)

@@ -23,16 +23,19 @@ class Input(NamedTuple):
   Attributes:
     x_TD: what it was, compute dtype; only its gradient is of use.
     codes: Fprop's operand.
-    saved: what is kept of it for Wgrad; often `codes`.
+    saved: what is kept of it for Wgrad; often `codes`.  An array, where that is
+      computed again from something else.
   """
 
   x_TD: jax.Array
   codes: Quantized
-  saved: Quantized | Packed
+  saved: Quantized | Packed | jax.Array
 
 
 def quantize_input(
-  x_TD: jax.Array, recipe: Recipe, saved: Quantized | Packed | None = None
+  x_TD: jax.Array,
+  recipe: Recipe,
+  saved: Quantized | Packed | jax.Array | None = None,
 ) -> Input:
   """`x_TD` for `fp8_linear`.
 
@@ -110,14 +113,17 @@ def input_gradient(
 
 
 def weight_gradient(
-  saved: Quantized | Packed, dy_TF: jax.Array, recipe: Recipe
+  saved: Quantized | Packed | jax.Array, dy_TF: jax.Array, recipe: Recipe
 ) -> jax.Array:
   """Wgrad, `x^T @ dy`, both in tiles along the tokens: float32 [D, F]."""
   # Scales of whole tensors stay so in the weight gradient.
   is_whole = recipe.gradient_tile == quantize.WHOLE
   tile = quantize.WHOLE if is_whole else quantize.COLUMN_TILE
-  x = recipe.steps.requantize(
-    quantize.unpack(saved), tile, recipe.fmt, recipe.scale
-  )
+  if isinstance(saved, jax.Array):
+    x = recipe.steps.quantize(saved, tile, recipe.fmt, recipe.scale)
+  else:
+    x = recipe.steps.requantize(
+      quantize.unpack(saved), tile, recipe.fmt, recipe.scale
+    )
   dy = recipe.steps.quantize(dy_TF, tile, recipe.gradient_fmt, recipe.scale)
   return recipe.steps.dot(x.mT, dy, recipe.accumulation)

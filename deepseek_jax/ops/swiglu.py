@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.ops.fp8_recipe import Recipe
-from deepseek_jax.ops.quantize import Quantized
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -19,11 +18,12 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 def fp8_swiglu(
   gate_TF: jax.Array, up_TF: jax.Array, recipe: Recipe
-) -> tuple[jax.Array, Quantized]:
-  """`swiglu`, and its codes for the weight gradient of the down projection.
+) -> tuple[jax.Array, jax.Array]:
+  """`swiglu`, and the same of its inputs as they are kept.
 
-  The gradient, and the codes, are those of the rounded inputs, so that it does
-  not matter what is computed again.
+  From the second the down projection takes its weight gradient, so that it does
+  not matter what is computed again; the gradient of the first is that at the
+  kept inputs.
 
   Args:
     gate_TF: compute dtype.
@@ -34,9 +34,8 @@ def fp8_swiglu(
     recipe.swiglu.quantize(jax.lax.stop_gradient(x)) for x in (gate_TF, up_TF)
   )
   kept = checkpoint_name(kept, 'ffn_up')
-  again = swiglu(*(q.dequantize() for q in kept))
-  saved = recipe.saved.quantize(again)
-  return _rounded(gate_TF, up_TF, kept), saved
+  again = swiglu(*(q.dequantize() for q in kept)).astype(gate_TF.dtype)
+  return _rounded(gate_TF, up_TF, kept), again
 
 
 @jax.custom_vjp
