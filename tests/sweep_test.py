@@ -233,6 +233,19 @@ class ReportTest(parameterized.TestCase):
     self.assertIn(' +0.5000 ', rows[3])
     self.assertIn('| b | 1 | 6.5000 |', report.table(runs[-1:], columns))
 
+  def test_the_gap_of_two_runs_is_the_largest_of_their_averages(self):
+    plain = [{'loss': 2.0} for _ in range(8)]
+    other = [{'loss': 2.0} for _ in range(8)]
+    self.assertEqual(report.loss_gap(other, plain), 0)
+    other[6] = {'loss': 2.2}  # A tenth of it, and then 0.9 of that.
+    tolerances.assert_close(
+      report.loss_gap(other, plain), 0.01, tolerances.FLOAT32_MATH
+    )
+    other[0] = {'loss': 4.0}  # Forgotten at 0.9 a step; here 0.9^4 is left.
+    tolerances.assert_close(
+      report.loss_gap(other, plain), 0.9**4, tolerances.FLOAT32_MATH
+    )
+
   def test_standard_error(self):
     tolerances.assert_close(
       report.standard_error([1.0, 2.0, 6.0]),

@@ -14,6 +14,7 @@ from deepseek_jax.evaluation.sweep import Run
 COLUMNS = {
   'val_loss': ('val loss', '.4f'),
   'val_loss_difference': ('vs first', '+.4f'),
+  'loss_gap': ('largest gap', '.2%'),
   'val_bpb': ('bits/byte', '.4f'),
   'val_mtp_1_acceptance': ('MTP accepted', '.3f'),
   'loss': ('train loss', '.4f'),
@@ -24,6 +25,9 @@ COLUMNS = {
   'active_parameters': ('active', ',.0f'),
   'cache_bytes_per_token': ('cache B/token', ',.0f'),
 }
+# Compared with the first arm, seed by seed.
+_COMPARED = ('val_loss_difference', 'loss_gap')
+_EMA = 0.9  # Of the losses in a gap, as in V3's appendix B.1.
 _SMOOTH = (
   0.05  # Of a curve's length, averaged so that curves can be told apart.
 )
@@ -93,18 +97,34 @@ def _by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def _values(groups, arm, column) -> list[float]:
   """One value a run; empty where the arm's runs have no such result."""
-  if column != 'val_loss_difference':
+  if column not in _COMPARED:
     results = [run.results for run in groups[arm]]
     return [r[column] for r in results if column in r]
   first = next(iter(groups))
   if arm == first:
     return []
-  baseline = {_seed(run): run.results['val_loss'] for run in groups[first]}
-  return [
-    run.results['val_loss'] - baseline[_seed(run)]
-    for run in groups[arm]
-    if _seed(run) in baseline
-  ]
+  baseline = {_seed(run): run for run in groups[first]}
+  pairs = [(r, baseline[_seed(r)]) for r in groups[arm] if _seed(r) in baseline]
+  if column == 'loss_gap':
+    return [loss_gap(run.records, other.records) for run, other in pairs]
+  name = 'val_loss'
+  return [run.results[name] - other.results[name] for run, other in pairs]
+
+
+def loss_gap(
+  records: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]
+) -> float:
+  """The largest |loss / other loss - 1| in the second half of two runs.
+
+  Both are averaged exponentially, with coefficient 0.9, from their first steps
+  on: V3's relative loss error (appendix B.1).
+  """
+  losses = np.array([[r['loss'] for r in rows] for rows in (records, others)])
+  averages = [losses[:, 0]]
+  for loss in losses.T[1:]:
+    averages.append(_EMA * averages[-1] + (1 - _EMA) * loss)
+  a, b = np.array(averages[len(averages) // 2 :]).T
+  return float(np.abs(a / b - 1).max())
 
 
 def _seed(run: Run) -> tuple[int, int]:
@@ -130,7 +150,7 @@ def draw(
   measured = [
     column
     for column in columns
-    if column != 'val_loss_difference'
+    if column not in _COMPARED
     and any(_values(groups, arm, column) for arm in groups)
   ]
   rows = max(2, math.ceil(len(measured) / 2))
