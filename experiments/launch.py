@@ -52,8 +52,9 @@ def _start(command: list[str]) -> list[subprocess.Popen]:
 
 def _wait(processes: list[subprocess.Popen]) -> int:
   """The status of the first that ends badly, or 0 when all have ended well."""
-  bad, deadline = 0, float('inf')
-  while any(p.poll() is None for p in processes):
+  bad, deadline, are_running = 0, float('inf'), True
+  while are_running:
+    are_running = any(p.poll() is None for p in processes)
     failed = [i for i, p in enumerate(processes) if p.poll()]
     if failed and not bad:
       bad = processes[failed[0]].returncode
@@ -65,8 +66,8 @@ def _wait(processes: list[subprocess.Popen]) -> int:
     if time.monotonic() > deadline:
       for process in processes:
         process.kill()
-    time.sleep(0.1)
-  return bad or next((p.returncode for p in processes if p.returncode), 0)
+    time.sleep(0.1 if are_running else 0)
+  return bad
 
 
 def main(argv: list[str]) -> None:
