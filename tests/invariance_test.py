@@ -15,7 +15,7 @@ from deepseek_jax.models import deepseek
 from deepseek_jax.training import optimizer, schedules, step
 from deepseek_jax.training.state import TrainState
 from tests import tolerances
-from tests.parity_test import draw
+from tests.drawn import draw
 
 _LENGTH = 17
 HYPER = schedules.Hyper(lr=1e-3, gamma=0.01, alpha=0.1, mtp_weight=0.3)

@@ -14,7 +14,7 @@ from deepseek_jax import presets
 from deepseek_jax.layers import gqa, mla
 from deepseek_jax.models import deepseek
 from tests import reference, tolerances
-from tests.parity_test import draw
+from tests.drawn import draw
 
 _YARN = {'rope.factor': 40.0, 'rope.original_seq_len': 8}
 # Two documents and padding; one document that fills the row.

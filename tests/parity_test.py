@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +15,7 @@ from deepseek_jax.ops import losses
 from deepseek_jax.training import optimizer, schedules, step
 from deepseek_jax.training.state import TrainState
 from tests import hf, tolerances
+from tests.drawn import draw
 
 _LENGTH = 48  # Three times YaRN's original context below.
 _YARN = {'rope.factor': 40.0, 'rope.original_seq_len': 16}
@@ -46,37 +46,10 @@ _CASES = (
 
 
 def make(changes, bias, seed=0):
-  """A tiny config and its random variables, big enough that all paths matter.
-
-  Norms are far from 1, matrices have std 0.1, and the router's bias is drawn
-  from `bias`, its (mean, std), or is 0.
-  """
+  """A tiny config and its random variables; see `draw`."""
   base = dataclasses.replace(presets.tiny().model, n_mtp_layers=0)
   config = config_lib.replace(base, changes)
   return config, *draw(config, bias, seed)
-
-
-def draw(config, bias, seed=0):
-  """Random `params` and `router_state` of `config`; see `make`."""
-  shapes = nn.meta.unbox(
-    jax.eval_shape(
-      deepseek.Transformer(config).init,
-      jax.random.key(0),
-      jnp.zeros((1, 4), jnp.int32),
-    )
-  )
-  rng = np.random.default_rng(seed)
-
-  def leaf(path, x):
-    if path[-1].key == 'bias':
-      mean, std = bias or (0.0, 0.0)
-    else:
-      is_norm = path[-1].key.endswith('norm')
-      mean, std = (1.0, 0.3) if is_norm else (0.0, 0.1)
-    return (mean + std * rng.standard_normal(x.shape)).astype(np.float32)
-
-  variables = jax.tree_util.tree_map_with_path(leaf, shapes)
-  return variables['params'], variables.get('router_state', {})
 
 
 def batch(config, seed=1, size=2, length=_LENGTH):
