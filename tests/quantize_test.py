@@ -125,6 +125,14 @@ class QuantizeTest(parameterized.TestCase):
     np.testing.assert_allclose(y[3:5, 128:], 1, rtol=0.13)
     np.testing.assert_allclose(y[5], 1, rtol=0.13)
 
+  def test_an_optimised_loop_keeps_a_nan(self):
+    x = jnp.ones((512, 256)).at[3, 5].set(jnp.nan)
+    amax = jax.jit(lambda x: quantize.tile_amax(x, quantize.ROW_TILE))
+    # Tests compile without optimisation: the maximum would not be vectorised.
+    level = {'xla_backend_optimization_level': 3}
+    out = np.asarray(amax.lower(x).compile(level)(x))
+    np.testing.assert_array_equal(np.argwhere(np.isnan(out)), [[3, 0]])
+
   def test_a_given_amax_clips(self):
     x = jnp.array([[1.0, 2.0, 8.0]])
     q = quantize.quantize(x, quantize.ROW_TILE, amax=jnp.full((1, 1), 4.0))

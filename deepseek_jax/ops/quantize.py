@@ -133,10 +133,12 @@ def tile_amax(x: jax.Array, tile: tuple[int, int]) -> jax.Array:
   counts = math.ceil(I / rows), math.ceil(J / columns)
   widths = [(0, 0)] * len(batch)
   widths += [(0, counts[0] * rows - I), (0, counts[1] * columns - J)]
-  padded = jnp.pad(jnp.abs(x.astype(jnp.float32)), widths)
-  return padded.reshape(*batch, counts[0], rows, counts[1], columns).max(
-    (-3, -1)
-  )
+  # As bits, magnitudes are in order and NaN above them all: the float maximum
+  # of XLA's vectorised CPU loops loses a NaN.
+  bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+  padded = jnp.pad(bits & 0x7FFFFFFF, widths)
+  tiles = padded.reshape(*batch, counts[0], rows, counts[1], columns)
+  return jax.lax.bitcast_convert_type(tiles.max((-3, -1)), jnp.float32)
 
 
 def scale_of(
