@@ -17,8 +17,9 @@ import subprocess
 import sys
 import time
 
-from absl import app
 from absl import flags as absl_flags
+
+from deepseek_jax import flags
 
 _ONLY = absl_flags.DEFINE_list('only', [], 'Cases whose names start so.')
 _ROUNDS = absl_flags.DEFINE_integer(
@@ -30,7 +31,7 @@ _SHAPES = absl_flags.DEFINE_enum(
 _SECONDS = 0.02  # Of one timed round: so many calls that it lasts so long.
 
 
-def main(_) -> None:
+def main() -> None:
   """Exits with 1 if a result is wrong or a kernel fails."""
   import jax
 
@@ -45,11 +46,10 @@ def main(_) -> None:
       f'No Hopper GPU: {"; ".join(obstacles)}. Nothing is timed, and no kernel '
       'runs as it would there: small shapes, references, interpreter, lowering.'
     )
+  cases = _chosen(list(gpu_cases.all_cases(small)))
   ceilings = None if obstacles else _ceilings(small)
   failed = 0
-  for case in gpu_cases.all_cases(small):
-    if _ONLY.value and not case.name.startswith(tuple(_ONLY.value)):
-      continue
+  for case in cases:
     try:
       failed += not (_dry(case) if obstacles else _check(case))
       if ceilings:
@@ -59,6 +59,21 @@ def main(_) -> None:
       print(f'{case.name}: FAILED: {type(error).__name__}: {str(error)[:300]}')
   print(f'{failed} failed' if failed else 'all passed')
   sys.exit(bool(failed))
+
+
+def _chosen(cases):
+  """Those that `--only` names."""
+  chosen = [
+    case
+    for case in cases
+    if not _ONLY.value or case.name.startswith(tuple(_ONLY.value))
+  ]
+  if not chosen:
+    raise ValueError(
+      f'--only={",".join(_ONLY.value)}: no such case; the cases begin with '
+      f'{", ".join(sorted({case.name.split()[0] for case in cases}))}'
+    )
+  return chosen
 
 
 def _versions(jax):
@@ -214,4 +229,4 @@ def _time(case, ceilings):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  flags.run(main)
