@@ -15,8 +15,8 @@ from deepseek_jax.convert import fp8, names
 from deepseek_jax.layers.block import Block
 from deepseek_jax.models import deepseek
 from tests import tolerances
+from tests.drawn import draw
 from tests.invariance_test import _run, make_config
-from tests.parity_test import draw
 
 
 def _small(**changes):
