@@ -14,6 +14,7 @@ BFLOAT16 = 2e-2
 # FP8 products summed in another order: now and then a code falls on the other
 # side of a tie.  A tile quantised otherwise is ten times as far away.
 FP8_REORDERED = 5e-3
+FP8_TILES = 6e-2  # Products of operands quantised in other tiles.
 
 
 def assert_close(actual, expected, rung, name=''):
