@@ -7,6 +7,7 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from deepseek_jax import config as config_lib
@@ -56,6 +57,7 @@ def _without_experts(results):
   return (report, rest, biases), experts
 
 
+@pytest.mark.slow
 class InvarianceTest(parameterized.TestCase):
   def test_differs_from_the_plain_model(self):
     plain = _run(_small(), _batch())
