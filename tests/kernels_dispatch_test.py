@@ -19,6 +19,14 @@ class ChooseTest(parameterized.TestCase):
       reference.quantize(x, reference.ROW_TILE).codes,
     )
 
+  def test_choices_can_be_printed(self):
+    with self.assertLogs('absl', 'INFO') as logs:
+      dispatch.choose(None, ['too narrow'])
+    [record] = logs.records
+    self.assertEqual(
+      record.getMessage(), 'xla: too narrow; the device is a cpu'
+    )
+
   def test_a_hopper_takes_the_kernel_that_fits(self):
     with mosaic.for_hopper():
       self.assertTrue(dispatch.choose(None, []).is_kernel)

@@ -8,12 +8,16 @@ in `ops/`, and one argument more: `implementation`.
   'xla'         the reference
   'mosaic_gpu'  the kernel; what hinders it is an error, except for the device:
                 a program may be lowered for, or interpreted without, a GPU
+
+`--verbosity=0` prints every choice when a program is traced, beside the file of
+the kernel.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+from absl import logging
 
 from deepseek_jax.kernels import mosaic
 
@@ -54,6 +58,12 @@ def choose(implementation: str | None, obstacles: Sequence[str]) -> Choice:
     ValueError: for an unknown implementation, or a kernel that was asked for
       and cannot take the arguments.
   """
+  choice = _choose(implementation, obstacles)
+  logging.info('%s: %s', *choice, stacklevel=2)
+  return choice
+
+
+def _choose(implementation, obstacles):
   if implementation not in (None, *IMPLEMENTATIONS):
     raise ValueError(
       f'implementation={implementation!r}: choose one of '
