@@ -152,7 +152,7 @@ def test_leaves_everything_in_its_place(folder, reference):
   kinds = ('grad_norm', 'param_norm', 'update_norm', 'balance_loss', 'lr')
   kinds += ('gamma', 'dropped', 'bias_min', 'bias_max', 'max_vio', 'load')
   assert set(kinds) <= set(records[0])
-  assert np.sum(records[0]['load']) == 4 * 32 * 2  # B T K, one MoE layer.
+  assert np.sum(records[0]['load']) == 8 * 32 * 2  # B T K, one MoE layer.
   assert all(r['tokens_per_second'] > 0 for r in records[1:])
   assert records[-1]['tokens'] == _STEPS * 4 * 32
   assert (reference / 'samples' / f'{_STEPS}.txt').read_text()

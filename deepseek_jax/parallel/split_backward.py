@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Literal
 
 # Calls that are replaced by their body, so that their equations can be sorted.
@@ -302,7 +303,7 @@ class _Splitter:
         continue
       sources = frozenset().union(*(origin[v] for v in e.reads))
       saved = sum(map(_bytes, sources)) - sum(map(_bytes, e.outputs))
-      is_kept = saved > 0 or saved == 0 and e.eqn.primitive.name not in _VIEWS
+      is_kept = saved > 0 or saved == 0 and _is_computed(e)
       for v in e.outputs:
         origin[v] = frozenset([v]) if sources and is_kept else sources
     static = set(origin)
@@ -370,6 +371,14 @@ def _bindings(variables, tree):
   leaves = jax.tree.leaves(tree)
   assert len(leaves) == len(variables), (len(leaves), len(variables))
   return dict(zip(variables, leaves))
+
+
+def _is_computed(equation):
+  """Whether numbers come out: no view, and no mask on the way from codes."""
+  is_float = all(
+    jnp.issubdtype(v.aval.dtype, jnp.floating) for v in equation.outputs
+  )
+  return is_float and equation.eqn.primitive.name not in _VIEWS
 
 
 def _bytes(var):
