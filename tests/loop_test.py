@@ -154,7 +154,7 @@ def test_leaves_everything_in_its_place(folder, reference):
   assert set(kinds) <= set(records[0])
   assert np.sum(records[0]['load']) == 8 * 32 * 2  # B T K, one MoE layer.
   assert all(r['tokens_per_second'] > 0 for r in records[1:])
-  assert records[-1]['tokens'] == _STEPS * 4 * 32
+  assert records[-1]['tokens'] == _STEPS * 8 * 32
   assert (reference / 'samples' / f'{_STEPS}.txt').read_text()
   assert {p.name for p in (reference / 'plots').iterdir()} >= {
     'losses.png',
