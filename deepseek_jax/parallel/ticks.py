@@ -184,24 +184,11 @@ def _as_input(task: Task) -> Task:
 def _send(schedule: Schedule, cells: list[list[Cell]]) -> None:
   """Notes each message where it arrives; the slot is found later."""
   for row in cells:
-    for rank, cell in enumerate(row):
-      for task, kind, ahead in (
-        (cell.forward, 'y', 1),
-        (cell.backward, 'g', -1),
-      ):
-        if task is None:
-          continue
-        stream, stage = schedule.places[rank, task.chunk]
-        path = schedule.paths[stream]
-        if not 0 <= stage + ahead < len(path):
-          if kind == 'y':
-            cell.g_local = 0  # The loss gives the gradient at once.
-          continue
-        target = path[stage + ahead][0]
-        if target == rank:
-          setattr(cell, f'{kind}_local', 0)
-        else:
-          row[target].arrivals[f'{kind}_{_way(schedule, rank, target)}'] = 0
+    for target, _, channel in _messages(schedule, row):
+      if channel.endswith('_local'):
+        setattr(row[target], channel, 0)
+      else:
+        row[target].arrivals[channel] = 0
 
 
 def _way(schedule: Schedule, source: int, target: int) -> str:
@@ -259,7 +246,9 @@ def _allocate(schedule, rank, cells) -> tuple[int, int, int, int]:
       cell.save_slot = saved[_key(forward)] = residuals.take()
     if backward and not weight:
       cell.cut_slot = cut[_key(backward)] = cuts.take()
-    for task, channel in _arriving(schedule, rank, row):
+    for target, task, channel in _messages(schedule, row):
+      if target != rank:
+        continue
       is_y = channel[0] == 'y'
       slot = (xs if is_y else gs).take()
       (x_waiting if is_y else g_waiting)[_key(task)] = slot
@@ -275,8 +264,8 @@ def _key(task: Task) -> tuple[int, int]:
   return task.microbatch, task.chunk
 
 
-def _arriving(schedule, rank, row):
-  """(task that will want it, channel) of a rank's messages at a tick."""
+def _messages(schedule, row):
+  """(rank, task of it that will want it, channel) of a tick's messages."""
   for source, cell in enumerate(row):
     for task, kind, ahead in (
       (cell.forward, 'y', 1),
@@ -287,10 +276,9 @@ def _arriving(schedule, rank, row):
       stream, stage = schedule.places[source, task.chunk]
       path = schedule.paths[stream]
       if not 0 <= stage + ahead < len(path):
-        if kind == 'y' and source == rank:
-          yield task, 'g_local'
+        if kind == 'y':
+          yield source, task, 'g_local'  # The loss gives the gradient at once.
         continue
       target, chunk = path[stage + ahead]
-      if target == rank:
-        way = _way(schedule, source, target) if source != rank else 'local'
-        yield Task(task.kind, task.microbatch, chunk), f'{kind}_{way}'
+      way = _way(schedule, source, target) if source != target else 'local'
+      yield target, Task(task.kind, task.microbatch, chunk), f'{kind}_{way}'
