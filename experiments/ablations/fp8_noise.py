@@ -20,63 +20,29 @@ their standard deviation:
 | 14 bits, every 128 | 3.81% | 9.80% | 100.00% | 5.63% | 0.43% |
 
 Rounding of operands is most of it.  A token whose gradient is 1/500,000 of
-another's is lost in a block that both share; at 1/7,000 (an exponent of 2 in
-place of 3 below) E4M3's subnormals still hold it.  Promotion takes the error of
-sums to a third.  Wgrad rounds a saved activation a second time, which powers of
-two mostly spare.
+another's is lost in a block that both share; at 1/7,000 (an exponent of 2, not
+3, in `fp8_error.table`) E4M3's subnormals still hold it.  Promotion takes the
+error of sums to a third.  Wgrad rounds a saved activation a second time, which
+powers of two mostly spare.
 """
 
-import dataclasses
+from deepseek_jax import flags
+from experiments import fp8_error
 
-import jax.numpy as jnp
-import numpy as np
-
-from deepseek_jax import config, flags
-from deepseek_jax.ops import fp8_linear, fp8_recipe
-
-_TENSOR = {f'{x}_tile': 'tensor' for x in ('activation', 'weight', 'gradient')}
-_HOPPER = {**_TENSOR, 'accumulate': 'hopper14'}
+_FP8 = 'precision.fp8.'
+_TENSOR = {
+  f'{_FP8}{x}_tile': 'tensor' for x in ('activation', 'weight', 'gradient')
+}
+_HOPPER = {**_TENSOR, f'{_FP8}accumulate': 'hopper14'}
 ARMS = {
   'V3': {},
-  'scales 2^n': {'scale': 'ceil'},
-  'E5M2': {'fmt': 'e5m2', 'gradient_fmt': 'e5m2'},
-  'Dgrad 128 x 128': {'gradient_tile': '128x128'},
+  'scales 2^n': {f'{_FP8}scale': 'ceil'},
+  'E5M2': {f'{_FP8}fmt': 'e5m2', f'{_FP8}gradient_fmt': 'e5m2'},
+  'Dgrad 128 x 128': {f'{_FP8}gradient_tile': '128x128'},
   'per tensor': _TENSOR,
-  '14 bits, never promoted': {**_HOPPER, 'promote': 0},
+  '14 bits, never promoted': {**_HOPPER, f'{_FP8}promote': 0},
   '14 bits, every 128': _HOPPER,
 }
 
-
-def measure(x, w, dy, recipe) -> list[float]:
-  """Errors of rows: Fprop, Dgrad, its worst, Wgrad; largest of Fprop's sums."""
-  inputs, turned = (fp8_linear.quantize_input(v, recipe) for v in (x, x.T))
-  weight = fp8_linear.quantize_weight(w, recipe)
-  y = recipe.steps.dot(inputs.codes, weight, recipe.accumulation)
-  dx = fp8_linear.input_gradient(dy, w.T, recipe)
-  dw = fp8_linear.weight_gradient(turned.saved, dy.T, recipe)
-  fprop, dgrad, wgrad = (
-    np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
-    for got, want in ((y, x @ w), (dx, dy @ w), (dw, x @ dy.T))
-  )
-  exact = np.float64(inputs.codes.dequantize()) @ weight.dequantize()
-  sums = np.abs(y - exact).max() / exact.std()
-  return [fprop.mean(), dgrad.mean(), dgrad.max(), wgrad.mean(), sums]
-
-
-def main() -> None:
-  """Prints the table: 64 tokens, K = 4096, outlier channels and tokens."""
-  rng = np.random.default_rng(0)
-  x, w, dy = (rng.standard_normal((64, 4096)) for _ in range(3))
-  x *= np.exp(rng.standard_normal(4096))
-  dy *= np.exp(3 * rng.standard_normal((64, 1)))
-  arrays = [jnp.asarray(a, jnp.float32) for a in (x, w.T, dy)]
-  print('| recipe | Fprop | Dgrad | worst token | Wgrad | sums |')
-  print(f'| --- |{" ---: |" * 5}')
-  for name, changes in ARMS.items():
-    fp8 = dataclasses.replace(config.FP8Config(), **changes)
-    row = measure(*arrays, fp8_recipe.of(fp8))
-    print(f'| {name} | {" | ".join(f"{v:.2%}" for v in row)} |')
-
-
 if __name__ == '__main__':
-  flags.run(main)
+  flags.run(lambda: print(fp8_error.table(ARMS)))
