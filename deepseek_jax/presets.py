@@ -17,8 +17,12 @@ def deepseek_v3() -> Config:
 
   The micro-batch is that of one data-parallel step of 15,360 sequences; the
   shape of the batch ramp is not published: 3072 to 15,360 over 469B tokens.
+  The only preset in FP8 (section 3.3).
   """
   return Config(
+    precision=config_lib.PrecisionConfig(
+      fp8=config_lib.FP8Config(enabled=True)
+    ),
     data=config_lib.DataConfig(batch_size_start=3072),
     optim=config_lib.OptimConfig(ema_decay=0.999),
     train=config_lib.TrainConfig(micro_batch_size=256),

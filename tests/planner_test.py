@@ -32,7 +32,6 @@ _PUBLISHED = {
   'parallel.zero1': True,
   'parallel.expert_buffer': 1.2,
   'train.micro_batch_size': 128,  # A sequence on each of a stage's devices.
-  'precision.fp8.enabled': True,
 }
 
 

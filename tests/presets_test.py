@@ -108,6 +108,18 @@ class PresetTest(parameterized.TestCase):
   def test_v3_is_the_default_model(self):
     self.assertEqual(presets.deepseek_v3().model, config_lib.ModelConfig())
 
+  @parameterized.parameters(*presets.PRESETS)
+  def test_v3_alone_is_in_fp8_and_has_the_papers_map(self, name):
+    """FACTS 3.1, whose formats and tiles are the defaults of `FP8Config`."""
+    precision = presets.PRESETS[name]().precision
+    enabled = name == 'deepseek_v3'
+    self.assertEqual(precision.fp8, config_lib.FP8Config(enabled=enabled))
+    if enabled:
+      other = dataclasses.replace(precision, fp8=config_lib.FP8Config())
+      self.assertEqual(other, config_lib.PrecisionConfig())
+      self.assertEqual(precision.mu_dtype, 'bfloat16')
+      self.assertEqual(precision.nu_dtype, 'bfloat16')
+
   def test_quickstart_has_every_part_of_v3(self):
     for name in ('quickstart', 'tiny'):
       config = _model(name)
