@@ -344,17 +344,17 @@ class ValidationTest(DataCase):
       lengths[targets].sum(), lengths[np.concatenate(documents)].sum()
     )
 
-  def test_few_batches_are_spread_evenly(self):
+  def test_few_rows_are_spread_evenly(self):
     corpus = self.load(seq_len=4)
     n = len(corpus.validation)
-    batches = list(pipeline.validation_batches(corpus, 5, 3))
+    batches = list(pipeline.validation_batches(corpus, 5, 15))
     self.assertLen(batches, 3)
     joined = np.concatenate([batch['tokens'] for batch in batches])
     chosen = [i * n // 15 for i in range(15)]
     expected = [corpus.validation[r]['tokens'] for r in chosen]
     np.testing.assert_array_equal(joined, expected)
     self.assertLen(set(chosen), 15)
-    assert_batches_equal(pipeline.validation_batches(corpus, 5, 3), batches)
+    assert_batches_equal(pipeline.validation_batches(corpus, 5, 15), batches)
     self.assertEmpty(list(pipeline.validation_batches(corpus, 5, 0)))
     everything = pipeline.validation_batches(corpus, 5)
     assert_batches_equal(

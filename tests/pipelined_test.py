@@ -12,6 +12,7 @@ from absl.testing import absltest, parameterized
 
 from deepseek_jax import config as config_lib
 from deepseek_jax import presets
+from deepseek_jax.evaluation import perplexity
 from deepseek_jax.parallel import schedules
 from deepseek_jax.training import checkpoint, optimizer, pipelined
 from deepseek_jax.training import layout as layout_lib
@@ -190,6 +191,49 @@ class StepTest(parameterized.TestCase):
     for name in ('params', 'router_state', 'opt_state'):
       pair = (getattr(state, name) for state in states)
       tolerances.assert_close(*pair, tolerances.DEEP_MODEL)
+
+
+class EvaluationTest(parameterized.TestCase):
+  """Stages evaluate different rows, and collect a layer at a time."""
+
+  def test_equals_one_devices(self):
+    updates = {'expert': 2, 'data': 2, 'zero1': True}
+    updates = tuple((f'parallel.{k}', v) for k, v in updates.items())
+    staged = _Case('1f1b', 2, (*updates, ('data.batch_size', 32)))
+    results = []
+    for case in (staged, _Case('1f1b', 1, staged.alone)):
+      config, model, layout, _, state, _ = _setup(case)
+      layout = layout and layout.for_evaluation()
+      batch = jax.tree.map(lambda x: x.reshape(32, -1), _batch(config, 0))
+      evaluate = perplexity.make_eval_step(model, config, layout)
+      bytes_V = np.arange(config.model.vocab_size, dtype=np.float32)
+      sums = evaluate(state.params, state.router_state, batch, bytes_V)
+      results.append(jax.tree.map(np.asarray, sums))
+    tolerances.assert_close(*results, tolerances.DEEP_MODEL)
+
+  def test_no_device_holds_the_whole_model(self):
+    updates = (('model.n_layers', 8), ('model.moe.moe_inter_dim', 64))
+    config = _Case('1f1b', 4, updates).config
+    model = step_lib.build_model(config)
+    layout = _layout(model, config)
+    like = step_lib.abstract_state(
+      model, optimizer.adamw(config.optim, config.precision), layout
+    )
+    tokens = jax.ShapeDtypeStruct((1, 4, 17), np.int32)
+
+    def temporary(layout):
+      def hidden_sum(params, router_state, batch, _):
+        variables = {'params': params, 'router_state': router_state}
+        return layout.whole(model).apply(variables, batch).hidden_BTD.sum()
+
+      run = jax.jit(layout.batch_sums(hidden_sum))
+      lowered = run.lower(like.params, like.router_state, tokens, ())
+      return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    experts = 3 * 4 * 16 * 64 * 4  # Bytes of one layer's.
+    whole = temporary(layout)
+    self.assertGreater(whole, config.model.n_moe_layers * experts)
+    self.assertLess(temporary(layout.for_evaluation()), whole - 5 * experts)
 
 
 class CheckpointTest(parameterized.TestCase):

@@ -137,15 +137,15 @@ def train_iterator(
 def validation_batches(
   corpus: Corpus,
   batch_size: int,
-  n_batches: int | None = None,
+  n_rows: int | None = None,
   *,
   process_index: int = 0,
   process_count: int = 1,
 ) -> Iterator[Batch]:
   """The same batches of validation rows every time.
 
-  All rows in order, or, if `n_batches` hold fewer, that many spread evenly
-  over them.  The last batch is filled up with rows of padding, segment 0.
+  All rows in order, or, if `n_rows` is fewer, that many spread evenly over
+  them.  The last batch is filled up with rows of padding, segment 0.
   Processes share a batch as in `train_iterator`.
 
   Raises:
@@ -153,9 +153,7 @@ def validation_batches(
   """
   local_size = _local_size(batch_size, process_count)
   rows = corpus.validation
-  wanted = len(rows)
-  if n_batches is not None:
-    wanted = min(wanted, n_batches * batch_size)
+  wanted = len(rows) if n_rows is None else min(len(rows), n_rows)
   chosen = np.arange(wanted) * len(rows) // max(wanted, 1)
   for first in range(0, wanted, batch_size):
     begin = first + process_index * local_size

@@ -38,16 +38,21 @@ def make_evaluate(
   corpus: pipeline.Corpus,
   layout: layout_lib.Layout | None = None,
 ) -> Callable[[state_lib.TrainState], dict[str, float]]:
-  """Evaluation of a state on `train.eval_batches` batches (0: all) of rows."""
+  """Evaluation of a state on `train.eval_batches` batches (0: all) of rows.
+
+  A batch is a micro-batch; a pipeline's stages take one each at the same time.
+  """
+  layout = layout and layout.for_evaluation()
   eval_step = perplexity.make_eval_step(model, config, layout)
-  size = config.micro_batch_size
+  n_rows = config.train.eval_batches * config.micro_batch_size
+  size = config.micro_batch_size * config.parallel.stage
   index, count = layout.share(size) if layout else (0, 1)
 
   def evaluate(state):
     batches = pipeline.validation_batches(
       corpus,
       size,
-      config.train.eval_batches or None,
+      n_rows or None,
       process_index=index,
       process_count=count,
     )

@@ -42,6 +42,7 @@ class Layout:
     step: likewise.
     used: likewise.
     dtypes: in which a layer computes with each parameter.
+    batch_axes: that divide the sequences.
   """
 
   mesh: jax.sharding.Mesh
@@ -49,6 +50,7 @@ class Layout:
   step: Any
   used: Any
   dtypes: Any
+  batch_axes: tuple[str, ...] = rules.BATCH
 
   @property
   def replicated(self) -> NamedSharding:
@@ -58,7 +60,16 @@ class Layout:
   @property
   def batch_spec(self) -> PartitionSpec:
     """Of `[A, b, T + 1]`: devices share the sequences of a micro-batch."""
-    return PartitionSpec(None, rules.BATCH, None)
+    return PartitionSpec(None, self.batch_axes, None)
+
+  def for_evaluation(self) -> 'Layout':
+    """The same places, for forward passes of a whole model on every device.
+
+    Stages divide the sequences as `data` does, and a layer is collected when
+    its turn comes: no device ever holds more than one whole.
+    """
+    axes = (placement.AXIS, *self.batch_axes)
+    return dataclasses.replace(self, step=self.stored, batch_axes=axes)
 
   def params(self) -> Any:
     """The shardings of the stored parameters."""
@@ -140,7 +151,8 @@ class Layout:
     def per_device(params, router_state, batch, rest):
       params = self.collect_top(self.step_copy(params))
       own = jax.tree.map(lambda x: x[0], batch)
-      return sharding.batch_sum(function(params, router_state, own, rest))
+      sums = function(params, router_state, own, rest)
+      return jax.lax.psum(sums, self.batch_axes)
 
     specs = self.stored, WHOLE, self.batch_spec, WHOLE
     return self.per_device(per_device, specs, WHOLE)
@@ -150,7 +162,7 @@ class Layout:
 
     Processes whose devices hold the same sequences have the same index.
     """
-    placed = NamedSharding(self.mesh, PartitionSpec(rules.BATCH))
+    placed = NamedSharding(self.mesh, PartitionSpec(self.batch_axes))
     parts = placed.addressable_devices_indices_map((count,)).values()
     starts = {part.indices(count)[0] for part in (p[0] for p in parts)}
     size = count // self._n_batch_shards() * len(starts)
@@ -177,7 +189,7 @@ class Layout:
     return jax.tree.map(lambda x: whole(x).addressable_data(0), tree)
 
   def _n_batch_shards(self) -> int:
-    return int(np.prod([self.mesh.shape[axis] for axis in rules.BATCH]))
+    return int(np.prod([self.mesh.shape[axis] for axis in self.batch_axes]))
 
   def _processes(self) -> int:
     """Into how many shares processes divide a batch."""
