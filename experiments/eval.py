@@ -19,6 +19,12 @@ _WORKDIR = absl_flags.DEFINE_string(
   'workdir', 'runs/quickstart', 'Directory of the run.'
 )
 _EMA = absl_flags.DEFINE_bool('ema', False, 'Use the averaged parameters.')
+_FP8 = absl_flags.DEFINE_bool(
+  'fp8',
+  None,
+  'Quantise the inputs of linear layers; of FP8 weights, otherwise, only the '
+  'weights are (default: as the config says).',
+)
 _BATCHES = absl_flags.DEFINE_integer(
   'batches',
   None,
@@ -38,8 +44,12 @@ def main() -> None:
   from deepseek_jax.training import step as step_lib
 
   config, variables, step = checkpoint.load_for_inference(workdir, _EMA.value)
-  if _BATCHES.value is not None:
-    config = config_lib.replace(config, {'train.eval_batches': _BATCHES.value})
+  updates = {
+    'train.eval_batches': _BATCHES.value,
+    'precision.fp8.enabled': _FP8.value,
+  }
+  updates = {name: v for name, v in updates.items() if v is not None}
+  config = config_lib.replace(config, updates)
   process.prepare(config)
   # The run's own tokenizer: here the source might train another.
   saved = str(workdir / 'tokenizer.json')

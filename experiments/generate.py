@@ -15,12 +15,19 @@ import time
 
 from absl import flags as absl_flags
 
+from deepseek_jax import config as config_lib
 from deepseek_jax import flags
 
 _WORKDIR = absl_flags.DEFINE_string(
   'workdir', 'runs/quickstart', 'Directory of the run.'
 )
 _EMA = absl_flags.DEFINE_bool('ema', False, 'Use the averaged parameters.')
+_FP8 = absl_flags.DEFINE_bool(
+  'fp8',
+  None,
+  'Quantise the inputs of linear layers; of FP8 weights, otherwise, only the '
+  'weights are (default: as the config says).',
+)
 _PROMPT = absl_flags.DEFINE_multi_string(
   'prompt', ['import '], 'Text to continue; repeat it for a batch.'
 )
@@ -61,6 +68,8 @@ class Generator:
     from deepseek_jax.training import step as step_lib
 
     config, variables, _ = checkpoint.load_for_inference(workdir, _EMA.value)
+    if _FP8.value is not None:
+      config = config_lib.replace(config, {'precision.fp8.enabled': _FP8.value})
     process.prepare(config)
     self.tokenizer = tokenizer_lib.Tokenizer.load(workdir / 'tokenizer.json')
     self._model = step_lib.build_model(config)

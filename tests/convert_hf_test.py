@@ -8,6 +8,7 @@ from absl.testing import absltest, parameterized
 
 from deepseek_jax import convert, presets
 from deepseek_jax.convert import hf_config, run
+from deepseek_jax.ops import quantize
 from deepseek_jax.training import checkpoint, step
 from tests import convert_support as support
 
@@ -38,18 +39,23 @@ class RoundTripTest(support.FolderTestCase):
     support.assert_same(support.read(self.folder / 'back'), arrays)
     config, variables, _ = checkpoint.load_for_inference(self.folder / 'jax')
     self.assertEqual(config.model, model)
-    # Exactly what a freshly made model has, and scales where codes are.
+    # Exactly what a freshly made model has, and codes with their scales.
     fresh = step.build_model(config)
     like = step.abstract_state(fresh, _NoOptimizer)
     self.assertEqual(
-      jax.tree.map(lambda x: x.shape, variables['params']),
+      jax.tree.map(
+        lambda x: x.shape,
+        variables['params'],
+        is_leaf=lambda x: isinstance(x, quantize.Quantized),
+      ),
       jax.tree.map(lambda x: x.shape, like.params),
     )
     self.assertEqual(
       jax.tree.map(lambda x: x.shape, variables['router_state']),
       jax.tree.map(lambda x: x.shape, like.router_state),
     )
-    self.assertEqual('scales' in variables, fp8)
+    self.assertEqual(quantize.is_quantized(variables), fp8)
+    self.assertEqual(variables.keys(), {'params', 'router_state'})
     self._check_companions(src, self.folder / 'back')
 
   def _check_companions(self, src, back):
@@ -76,7 +82,7 @@ class RoundTripTest(support.FolderTestCase):
         np.asarray(a).tobytes(), np.asarray(b).tobytes()
       ),
       streamed,
-      variables,
+      quantize.join_scales(variables),
     )
 
   def test_other_copies_in_the_mtp_layer_survive(self):

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests import tolerances
+
 _ROOT = pathlib.Path(__file__).parent.parent
 _ARMS = ('gamma=0.001', 'gamma=0')
 
@@ -91,6 +93,25 @@ def test_continues_the_prompt(swept):
   assert status == 0, errors
   assert output.startswith('def f')
   assert len(output) > len('def f\n')
+
+
+@pytest.mark.slow
+def test_a_run_in_fp8_codes_is_evaluated_and_continued(swept, tmp_path):
+  _, workdir, _ = swept
+  run, codes = _runs(workdir)[0], tmp_path / 'codes'
+  arguments = [f'--src={run}', f'--dst={codes}', '--to=jax', '--dtype=fp8']
+  status, _, errors = _command('convert', *arguments)
+  assert status == 0, errors
+  status, output, errors = _command('eval', f'--workdir={codes}', '--fp8')
+  assert status == 0, errors
+  loss = json.loads(output.splitlines()[-1])['val_loss']
+  record = json.loads((run / 'metrics.jsonl').read_text().splitlines()[-1])
+  assert loss != record['val_loss']
+  tolerances.assert_close(loss, record['val_loss'], tolerances.BFLOAT16)
+  arguments = [f'--workdir={codes}', '--prompt=def f', '--max_new_tokens=3']
+  status, output, errors = _command('generate', *arguments, '--nofp8')
+  assert status == 0, errors
+  assert output.startswith('def f') and len(output) > len('def f\n')
 
 
 @pytest.mark.parametrize(

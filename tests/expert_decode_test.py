@@ -1,10 +1,19 @@
 """Experts at inference: the training op's result, from routed experts only."""
 
+import dataclasses
+
 import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from deepseek_jax.ops import expert_decode, experts
+from deepseek_jax import config
+from deepseek_jax.ops import (
+  expert_decode,
+  experts,
+  fp8_experts,
+  fp8_recipe,
+  quantize,
+)
 from tests import tolerances
 
 _D, _F, _K = 12, 8, 3
@@ -56,6 +65,27 @@ class ExpertFfnTest(parameterized.TestCase):
       w[unused] = np.nan
     out = jax.jit(expert_decode.expert_ffn)(x, *matrices, ids, gates)
     self.assertTrue(np.isfinite(out).all())
+
+  @parameterized.parameters(1, 70)
+  def test_in_fp8_it_is_the_training_op_of_fp8(self, T):
+    x, *matrices, ids, gates = _case(T, 16)
+    matrices = [
+      quantize.quantize(w, quantize.SQUARE_TILE, scale='ceil') for w in matrices
+    ]
+    unused = np.setdiff1d(np.arange(16), ids)
+    recipe = fp8_recipe.of(config.FP8Config(scale='ceil'))
+    expected = fp8_experts.expert_ffn(x, *matrices, ids, gates, recipe)
+    matrices = [  # What no token chose is not read.
+      dataclasses.replace(w.raw, scales=w.scales.at[unused].set(np.nan))
+      for w in matrices
+    ]
+    decode = jax.jit(expert_decode.expert_ffn, static_argnums=6)
+    actual = decode(x, *matrices, ids, gates, recipe)
+    tolerances.assert_close(actual, expected, tolerances.FP8_REORDERED)
+    actual = decode(x, *matrices, ids, gates, None)
+    matrices = [w.dequantize() for w in matrices]
+    expected = decode(x, *matrices, ids, gates, None)
+    tolerances.assert_close(actual, expected, tolerances.FLOAT32_MATH)
 
   def test_blocks_are_as_small_as_the_rows_are_few(self):
     sizes = [expert_decode.block_size(r, 32) for r in (4, 32, 33, 256, 9999)]

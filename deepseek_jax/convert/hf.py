@@ -131,14 +131,19 @@ def cast(opened: Checkpoint, dtype: str) -> sources.Cast:
 def run_config(opened: Checkpoint, source: sources.Source) -> config_lib.Config:
   """The run's config; a released model computes in the dtype of `source`.
 
-  It is evaluated a sequence at a time, not in V3's batches of 15,360.
+  It is evaluated a sequence at a time, not in V3's batches of 15,360.  FP8
+  weights meet activations in FP8 ('activation_scheme': 'dynamic'), with the
+  scales of the official `act_quant`, experts' inputs too.
   """
   if isinstance(opened.source, orbax_io.Workdir):
     return opened.config
   dtype = source.specs[EMBED].dtype.name
-  return config_lib.replace(
-    opened.config, {'precision.compute_dtype': dtype, 'data.batch_size': 1}
-  )
+  updates = {'precision.compute_dtype': dtype, 'data.batch_size': 1}
+  if has_fp8(source):
+    scale = 'ceil' if hf_config.is_power_of_two(opened.hf or {}) else 'float32'
+    fp8_updates = {'enabled': True, 'scale': scale, 'turned_scale': scale}
+    updates |= {f'precision.fp8.{k}': v for k, v in fp8_updates.items()}
+  return config_lib.replace(opened.config, updates)
 
 
 def load_hf(
@@ -154,7 +159,8 @@ def load_hf(
     (config, {'params': ..., 'router_state': ...}) as a `Transformer` of
     `config.model` takes them.  FP8 codes stay codes with 'keep' and 'fp8': the
     collection 'scales' then has their block scales at the same paths, float32
-    [in, out] / 128, rounded up.  The collection 'extra' holds an MTP layer's
+    [in, out] / 128, rounded up; `quantize.join_scales` makes of both what a
+    `Transformer` takes.  The collection 'extra' holds an MTP layer's
     own embedding or head where it is not the main one's.
 
   Raises:

@@ -14,7 +14,7 @@ from deepseek_jax.inference import decode as decode_lib
 from deepseek_jax.inference import prefill as prefill_lib
 from deepseek_jax.inference import speculative, weights
 from deepseek_jax.models import deepseek
-from deepseek_jax.ops import sampling
+from deepseek_jax.ops import quantize, sampling
 
 _PASSES = 16  # Of the model, per compiled call; tokens are streamed so often.
 _ROOM = 64  # The cache's length is a multiple: few lengths, few programs.
@@ -88,16 +88,18 @@ def generate(
   """
   _check(model.config, prompts, max_new_tokens, drafts, chunk)
   how = sampling.sampling(temperature, top_k, top_p)
-  # In compute dtype also after training in FP8: to quantise every weight for
-  # every token would cost more than it saves.
-  precision = dataclasses.replace(model.precision, fp8=FP8Config())
+  variables = weights.unstack(model, variables)
+  precision = model.precision
+  if not quantize.is_quantized(variables):
+    # In compute dtype also after training in FP8: to quantise every weight for
+    # every token would cost more than it saves.
+    precision = dataclasses.replace(precision, fp8=FP8Config())
   model = model.clone(
     precision=precision,
     remat='none',
     scan_layers=False,
     mask_documents=False,
   )
-  variables = weights.unstack(model, variables)
   stops = np.asarray(list(stop_ids), np.int32)
   carry, tokens = _begin(
     model, variables, prompts, max_new_tokens, drafts, chunk, seed, how, stops

@@ -6,6 +6,7 @@ Deciding is arithmetic on the host, in numpy.  The loads are those that
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -180,7 +181,8 @@ def add_replicas(
   states_L = variables['router_state']['moe_layers']
   rows = zip(layers, states_L, placement.experts_LP, placement.replicas_LEX)
   for layer, state, experts_P, replicas_EX in rows:
-    copies = {name: layer['ffn'][name][experts_P] for name in _MATRICES}
+    matrices = {name: layer['ffn'][name] for name in _MATRICES}
+    copies = jax.tree.map(lambda w: w[experts_P], matrices)  # noqa: B023
     params.append({**layer, 'ffn': {**layer['ffn'], **copies}})
     ffn = {**state['ffn'], 'replicas': jnp.asarray(replicas_EX)}
     states.append({**state, 'ffn': ffn})

@@ -9,6 +9,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.models import deepseek
+from deepseek_jax.ops import quantize
+from deepseek_jax.ops.quantize import Quantized
 from deepseek_jax.parallel import rules
 
 _STACKS = ('dense_layers', 'moe_layers', 'mtp')
@@ -24,13 +26,16 @@ def unstack(
   of a stack before it multiplies with it.  Matrices are rounded to the model's
   compute dtype here, once, rather than at every token; and MLA gets the two
   halves of `wkv_b` in the order in which absorbed attention multiplies with
-  them, `w_uk` [N, H, C] and `w_uv` [N, C, U].
+  them, `w_uk` [N, H, C] and `w_uv` [N, C, U].  The FP8 codes of a converted
+  checkpoint (V3 section 3.3.2) stay codes, but for these two, which DeepSeek's
+  own inference code dequantises as well.
 
   Args:
     model: for its dtype.
     variables: `params` and `router_state`.  Unstacked ones are returned as
       they are: do it once to generate often.
   """
+  variables = quantize.join_scales(variables)
   stacks = [v[n] for v in variables.values() for n in _STACKS if n in v]
   if not stacks or isinstance(stacks[0], list):
     return variables
@@ -46,21 +51,19 @@ def share(variables: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
   """
 
   def put(path, x):
-    is_experts = path[-1].key in ('w1', 'w2', 'w3') and x.ndim == 3
+    is_experts = path[-1].key in ('w1', 'w2', 'w3') and len(x.shape) == 3
     spec = P(rules.EXPERTS) if is_experts else P()
     return jax.device_put(x, NamedSharding(mesh, spec))
 
-  return jax.tree_util.tree_map_with_path(put, variables)
+  return jax.tree_util.tree_map_with_path(put, variables, is_leaf=_is_quantized)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _unstack(dtype, nope, variables):
   def layers(stacked):
     count = jax.tree.leaves(stacked)[0].shape[0]
-    return [
-      _absorb(_cast(jax.tree.map(lambda x: x[i], stacked), dtype), nope)  # noqa: B023
-      for i in range(count)
-    ]
+    layers = (jax.tree.map(lambda x: x[i], stacked) for i in range(count))  # noqa: B023
+    return [_absorb(_cast(layer, dtype), dtype, nope) for layer in layers]
 
   return {
     collection: {
@@ -75,19 +78,24 @@ def _unstack(dtype, nope, variables):
 
 def _cast(tree, dtype):
   def leaf(path, x):
-    is_matrix = x.ndim > 1 and path[-1].key not in _FLOAT32
-    return x.astype(dtype) if is_matrix else x
+    is_matrix = len(x.shape) > 1 and path[-1].key not in _FLOAT32
+    return x.astype(dtype) if is_matrix and not _is_quantized(x) else x
 
-  return jax.tree_util.tree_map_with_path(leaf, tree)
+  return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=_is_quantized)
 
 
-def _absorb(tree, nope):
+def _is_quantized(x):
+  return isinstance(x, Quantized)
+
+
+def _absorb(tree, dtype, nope):
   """Adds `w_uk` and `w_uv` wherever there is a `wkv_b`."""
   if not isinstance(tree, dict):
     return tree
-  tree = {name: _absorb(inner, nope) for name, inner in tree.items()}
+  tree = {name: _absorb(inner, dtype, nope) for name, inner in tree.items()}
   if 'wkv_b' in tree:
-    w_uk, w_uv = jnp.split(tree['wkv_b'], [nope], -1)
+    wkv_b = quantize.dense(tree['wkv_b'], dtype)
+    w_uk, w_uv = jnp.split(wkv_b, [nope], -1)
     tree['w_uk'] = w_uk.transpose(1, 2, 0)
     tree['w_uv'] = w_uv.transpose(1, 0, 2)
   return tree

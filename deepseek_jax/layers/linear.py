@@ -14,9 +14,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import PrecisionConfig
 from deepseek_jax.kernels import fp8
-from deepseek_jax.ops import fp8_linear, fp8_recipe
+from deepseek_jax.ops import fp8_linear, fp8_recipe, quantize
 from deepseek_jax.ops import swiglu as swiglu_lib
 from deepseek_jax.ops.fp8_linear import Input
+from deepseek_jax.ops.quantize import Quantized
 
 
 def share(x: jax.Array, precision: PrecisionConfig) -> Any:
@@ -40,7 +41,7 @@ def _quantize(x, recipe, saved=None):
 
 def linear(
   x: Any,
-  w: jax.Array,
+  w: jax.Array | Quantized,
   role: str,
   precision: PrecisionConfig,
   axes: int = 1,
@@ -53,21 +54,24 @@ def linear(
   Args:
     x: activations in compute dtype, or what `share` made of them.
     w: float32 master weights.  FP8 blocks lie on the [in, out] matrix, as in
-      released checkpoints: they may span heads.
+      released checkpoints: they may span heads.  Quantised ones, of a converted
+      checkpoint, are used as they are with FP8, else rounded to the dtype of
+      `x` here, at every use.
     role: name of the weight; see `fp8_recipe.of`.
     precision: of the model.
     axes: how many axes `in` are.
     saved: what is kept of `x` for the backward pass already, if anything.
   """
   if not precision.fp8.enabled:
-    y = jnp.tensordot(x, w.astype(x.dtype), axes)
+    y = jnp.tensordot(x, quantize.dense(w, x.dtype, axes), axes)
     return checkpoint_name(y, role)
   recipe = _recipe(precision, role)
   D, out = math.prod(w.shape[:axes]), w.shape[axes:]
   if not isinstance(x, Input):
     x = _quantize(x.reshape(*x.shape[: x.ndim - axes], D), recipe, saved)
   flat = x._replace(x_TD=x.x_TD.reshape(-1, D))
-  y_TF = fp8_linear.fp8_linear(flat, w.reshape(D, -1), recipe)
+  w_DF = w.matrix(D) if isinstance(w, Quantized) else w.reshape(D, -1)
+  y_TF = fp8_linear.fp8_linear(flat, w_DF, recipe)
   return checkpoint_name(y_TF.reshape(*x.x_TD.shape[:-1], *out), role)
 
 

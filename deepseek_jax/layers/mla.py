@@ -8,7 +8,7 @@ from deepseek_jax.config import ModelConfig, PrecisionConfig
 from deepseek_jax.kernels import dispatch, mla_attention, mla_decode
 from deepseek_jax.layers import params
 from deepseek_jax.layers.linear import attention_kept, linear, share
-from deepseek_jax.ops import cached_attention, norms, rope
+from deepseek_jax.ops import cached_attention, norms, quantize, rope
 
 
 class MLA(nn.Module):
@@ -139,7 +139,7 @@ class MLA(nn.Module):
     multi-query attention.
     """
     mla = self.config.mla
-    w_uk, w_uv = self._absorbed(wkv_b.astype(new_BTX.dtype))
+    w_uk, w_uv = self._absorbed(wkv_b, new_BTX.dtype)
     cache_BSX = cached_attention.write_rows(cache_BSX, new_BTX, positions_BT)
     q_latent = jnp.einsum('BTNH,NHC->BTNC', q_nope, w_uk)
     out_BTNC = mla_decode.attend_latents(
@@ -152,10 +152,11 @@ class MLA(nn.Module):
     )
     return jnp.einsum('BTNC,NCU->BTNU', out_BTNC, w_uv), cache_BSX
 
-  def _absorbed(self, wkv_b):
+  def _absorbed(self, wkv_b, dtype):
     """W_UK [N, H, C] and W_UV [N, C, U]: transposing costs more than using."""
     if self.has_variable('params', 'w_uk'):  # By inference/weights.py.
       return tuple(self.get_variable('params', n) for n in ('w_uk', 'w_uv'))
+    wkv_b = quantize.dense(wkv_b, dtype)
     w_uk, w_uv = jnp.split(wkv_b, [self.config.mla.qk_nope_head_dim], -1)
     return w_uk.transpose(1, 2, 0), w_uv.transpose(1, 0, 2)
 

@@ -18,6 +18,7 @@ from deepseek_jax.ops import (
   fp8_experts,
   fp8_recipe,
   losses,
+  quantize,
   routing,
 )
 from deepseek_jax.parallel import expert, sharding
@@ -44,7 +45,8 @@ class MoE(nn.Module):
   and `shared` (an `MLP` of n_shared_experts * F).  The auxiliary-loss-free
   `bias` [E] is in the collection `router_state`: no gradient reaches it.  With
   `replicas` [E, X] beside it, for inference, the three matrices are those of
-  all copies of experts; see `inference/load_balance.py`.
+  all copies of experts; see `inference/load_balance.py`.  They may be quantised
+  ones, of a converted checkpoint, also for inference.
   """
 
   config: ModelConfig
@@ -87,10 +89,10 @@ class MoE(nn.Module):
 
   def _ffn(self, decodes, fp8):
     """The experts' function, of tokens, weights, ids and gate weights."""
+    recipe = fp8_recipe.of(self.precision.fp8) if fp8 else None
     if decodes:
-      return expert_decode.expert_ffn
+      return functools.partial(expert_decode.expert_ffn, recipe=recipe)
     if fp8:
-      recipe = fp8_recipe.of(self.precision.fp8)
       return functools.partial(fp8_experts.expert_ffn, recipe=recipe)
     chosen = dispatch.requested(self.precision.kernels)
     return functools.partial(experts.expert_ffn, implementation=chosen)
@@ -108,15 +110,17 @@ class MoE(nn.Module):
       # Copies may lie on other nodes than their expert's group.
       exchange = dataclasses.replace(exchange, max_nodes=0)
     weights = self._expert_weights()
-    fp8 = self.precision.fp8.enabled and not decodes
-    if not fp8:  # There, they are rounded once, to FP8.
-      weights = [w.astype(x_BTD.dtype) for w in weights]
+    quantized, fp8 = quantize.is_quantized(weights), self.precision.fp8.enabled
+    # To quantise them for every token would cost more than it saves.
+    fp8 = fp8 and (quantized or not decodes)
+    if not (fp8 or quantized):  # With FP8 they are rounded once, to it.
+      weights = [quantize.dense(w, x_BTD.dtype) for w in weights]
     y_TD = expert.routed_ffn(
       x_BTD.reshape(B * T, D),
       *weights,
       ids_TK,
       route.weights_TK.reshape(B * T, -1),
-      self._ffn(decodes, fp8),
+      self._ffn(decodes or quantized and not fp8, fp8),
       exchange,
     )
     return y_TD.reshape(x_BTD.shape)

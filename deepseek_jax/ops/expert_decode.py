@@ -7,12 +7,17 @@ only, once each: on a CPU as fast as if they had not been selected at all
 (experiments/LOG.md).
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from deepseek_jax.ops import fp8_experts, fp8_matmul
+from deepseek_jax.ops.fp8_recipe import Recipe
+from deepseek_jax.ops.quantize import Quantized
 
 _MAX_BLOCK = 64
 
@@ -55,13 +60,26 @@ def _make_blocks(ids_R: jax.Array, n_experts: int, size: int) -> _Blocks:
 
 def expert_ffn(
   x_TD: jax.Array,
-  w1_EDF: jax.Array,
-  w2_EFD: jax.Array,
-  w3_EDF: jax.Array,
+  w1_EDF: jax.Array | Quantized,
+  w2_EFD: jax.Array | Quantized,
+  w3_EDF: jax.Array | Quantized,
   expert_ids_TK: jax.Array,
   weights_TK: jax.Array,
+  recipe: Recipe | None = None,
 ) -> jax.Array:
-  """`experts.expert_ffn` without a gradient: the same arguments and result."""
+  """`experts.expert_ffn` without a gradient: the same arguments and result.
+
+  Args:
+    x_TD: tokens, compute dtype.
+    w1_EDF: as the other two matrices, in the same dtype, or FP8 codes and
+      scales of blocks (V3 section 3.3.2).
+    w2_EFD: down projections.
+    w3_EDF: up projections.
+    expert_ids_TK: int32; E is no expert.
+    weights_TK: float32 gate weights.
+    recipe: quantised weights are multiplied with activations quantised by it,
+      as `fp8_experts.expert_ffn` does; None: dequantised where they are used.
+  """
   (T, K), E = expert_ids_TK.shape, w1_EDF.shape[0]
   size = block_size(T * K, E)
   ids = expert_ids_TK.reshape(-1)
@@ -69,27 +87,48 @@ def expert_ffn(
   blocks = _make_blocks(ids[order], E, size)
   # The last block may run over the end.
   padded = jnp.pad(order, (0, size))
-  rows = x_TD[padded // K]
+  sent = recipe.dispatch.quantize(x_TD).raw if recipe else x_TD
+  rows = jax.tree.map(lambda v: v[padded // K], sent)
   gates = weights_TK.reshape(-1, 1)[padded].astype(jnp.float32)
   # The last block may also reach into the rows of no expert.
   gates = jnp.where(ids[padded, None] < E, gates, 0)
 
-  def product(x, w):
-    return jnp.matmul(x, w, preferred_element_type=jnp.float32)
+  def cut(x, start):
+    return jax.tree.map(lambda v: lax.dynamic_slice_in_dim(v, start, size), x)
 
   def body(i, y):
     start, e = blocks.start[i], blocks.expert[i]
-    x = lax.dynamic_slice_in_dim(rows, start, size)
     w1, w2, w3 = (
-      lax.dynamic_index_in_dim(w, e, keepdims=False)
+      jax.tree.map(lambda v: lax.dynamic_index_in_dim(v, e, keepdims=False), w)
       for w in (w1_EDF, w2_EFD, w3_EDF)
     )
-    hidden = jax.nn.silu(product(x, w1)) * product(x, w3)
-    hidden *= lax.dynamic_slice_in_dim(gates, start, size)
-    out = product(hidden.astype(x.dtype), w2).astype(x.dtype)
+    multiply = _multiply
+    if recipe:
+      inside = cut(ids[padded], start)[:, None] == e
+      multiply = functools.partial(_multiply_fp8, recipe, inside, dtype=dtype)
+    x = cut(rows, start)
+    hidden = jax.nn.silu(multiply(x, w1)) * multiply(x, w3)
+    hidden *= cut(gates, start)
+    out = multiply(hidden.astype(dtype), w2).astype(dtype)
     # Rows beyond the expert's last are overwritten by the next block.
     return lax.dynamic_update_slice_in_dim(y, out, start, 0)
 
-  y = lax.fori_loop(0, blocks.count, body, jnp.zeros_like(rows))
+  dtype = x_TD.dtype
+  empty = jnp.zeros((padded.size, x_TD.shape[1]), dtype)
+  y = lax.fori_loop(0, blocks.count, body, empty)
   inverse = jnp.zeros_like(order).at[order].set(jnp.arange(T * K))
   return y[inverse.reshape(T, K)].sum(1)
+
+
+def _multiply(x, w):
+  if isinstance(w, Quantized):
+    w = w.dequantize(x.dtype)
+  return jnp.matmul(x, w, preferred_element_type=jnp.float32)
+
+
+def _multiply_fp8(recipe, inside, x, w, dtype):
+  """Rounded to the compute dtype, as `fp8_experts` does it."""
+  how = recipe.activation_tile, recipe.fmt, recipe.scale
+  codes = fp8_experts.operand_of(x, *how, inside)
+  y = fp8_matmul.dot(codes, w, recipe.accumulation, dtype)
+  return y.astype(jnp.float32)

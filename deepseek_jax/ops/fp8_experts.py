@@ -10,7 +10,6 @@ Between forward and backward are kept the codes of the tokens and of SwiGLU's
 inputs, whose output is computed again.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.ops import experts, fp8_matmul, quantize
 from deepseek_jax.ops.experts import Permutation
+from deepseek_jax.ops.formats import Format
 from deepseek_jax.ops.fp8_linear import quantize_weight
 from deepseek_jax.ops.fp8_recipe import Kept, Recipe
 from deepseek_jax.ops.quantize import Quantized
@@ -97,7 +97,7 @@ def _ffn(x_TD, weights, weights_TK, permutation, recipe):
 
 def _fwd(x_TD, weights, weights_TK, permutation, recipe):
   rows = _make_rows(weights_TK, permutation)
-  sent = checkpoint_name(_raw(recipe.dispatch.quantize(x_TD)), 'linear_in')
+  sent = checkpoint_name(recipe.dispatch.quantize(x_TD).raw, 'linear_in')
   y, kept = _forward(sent, weights, rows, recipe, x_TD.dtype)
   kept = checkpoint_name(kept, 'ffn_up')
   residuals = sent, weights, weights_TK, permutation, kept
@@ -108,7 +108,7 @@ def _bwd(recipe, residuals, dy_TD):
   sent, weights, weights_TK, permutation, kept = residuals
   rows = _make_rows(weights_TK, permutation)
   kept_dy = Kept(recipe.gradient_fmt, recipe.dispatch.scale)
-  dy = _raw(kept_dy.quantize(dy_TD))
+  dy = kept_dy.quantize(dy_TD).raw
   dx, dinputs, dweights = _input_grad(
     dy, weights, kept, rows, recipe, dy_TD.dtype
   )
@@ -130,10 +130,10 @@ _ffn.defvjp(_fwd, _bwd)
 
 def _forward(sent, weights, rows, recipe, dtype):
   """Output rows [R + block, D], and codes of SwiGLU's two inputs."""
-  w1, w2, w3 = (_raw(quantize_weight(w, recipe)) for w in weights)
+  w1, w2, w3 = (quantize_weight(w, recipe).raw for w in weights)
   dot = functools.partial(fp8_matmul.dot, accumulation=recipe.accumulation)
   operand = functools.partial(
-    _operand, tile=recipe.activation_tile, fmt=recipe.fmt, scale=recipe.scale
+    operand_of, tile=recipe.activation_tile, fmt=recipe.fmt, scale=recipe.scale
   )
 
   def body(i, carry):
@@ -145,12 +145,12 @@ def _forward(sent, weights, rows, recipe, dtype):
     hidden = _hidden(*inputs) * _cut(rows.gate, start)
     y_i = dot(operand(hidden.astype(dtype), inside=inside), _at(w2, e))
     y_i = jnp.where(inside, y_i, 0)
-    new = [_raw(recipe.swiglu.quantize(v)) for v in inputs]
+    new = [recipe.swiglu.quantize(v).raw for v in inputs]
     return tuple(_put(old, v, start) for old, v in zip(carry, (y_i, *new)))
 
   R, (F, D) = rows.token.size, w2.shape[1:]
   shape = jax.ShapeDtypeStruct((R, F), dtype)
-  empty = jax.eval_shape(lambda x: _raw(recipe.swiglu.quantize(x)), shape)
+  empty = jax.eval_shape(lambda x: recipe.swiglu.quantize(x).raw, shape)
   empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), empty)
   carry = jnp.zeros((R, D), dtype), empty, empty
   y, *kept = lax.fori_loop(0, rows.count, body, carry)
@@ -159,10 +159,10 @@ def _forward(sent, weights, rows, recipe, dtype):
 
 def _input_grad(sent_dy, weights, kept, rows, recipe, dtype):
   """Gradients of the rows of x, of SwiGLU's inputs, and of the gate weights."""
-  w1, w2, w3 = (_raw(quantize_weight(w, recipe)).mT for w in weights)
+  w1, w2, w3 = (quantize_weight(w, recipe).raw.mT for w in weights)
   dot = functools.partial(fp8_matmul.dot, accumulation=recipe.accumulation)
   operand = functools.partial(
-    _operand,
+    operand_of,
     tile=recipe.gradient_tile,
     fmt=recipe.gradient_fmt,
     scale=recipe.scale,
@@ -204,10 +204,10 @@ def _weight_grad(sent, sent_dy, kept, dinputs, rows, recipe, shapes):
     start, e = rows.start[i], rows.expert[i]
     inside = _inside(rows, i)
     activation = functools.partial(
-      _operand, fmt=recipe.fmt, inside=inside, **how
+      operand_of, fmt=recipe.fmt, inside=inside, **how
     )
     gradient = functools.partial(
-      _operand, fmt=recipe.gradient_fmt, inside=inside, **how
+      operand_of, fmt=recipe.gradient_fmt, inside=inside, **how
     )
     x = activation(_take(sent, rows, start)).mT
     hidden = _hidden(*(_cut(q, start).dequantize() for q in kept))
@@ -224,20 +224,14 @@ def _weight_grad(sent, sent_dy, kept, dinputs, rows, recipe, shapes):
   return lax.fori_loop(0, rows.count, body, carry)
 
 
-def _raw(q: Quantized) -> Quantized:
-  """The same codes as integers, which is how they go through loops.
-
-  With float8 in loops and gathers, XLA's CPU backend (jaxlib 0.10.2) takes
-  E4M3 numbers above 240 for NaN, even elsewhere in the program.
-  """
-  if q.codes.dtype.itemsize > 1:
-    return q
-  codes = lax.bitcast_convert_type(q.codes, jnp.uint8)
-  return dataclasses.replace(q, codes=codes)
-
-
-def _operand(x, tile, fmt, scale, inside) -> Quantized:
-  """One block in the form that a product takes; zero where not `inside`."""
+def operand_of(
+  x: jax.Array | Quantized,
+  tile: tuple[int, int],
+  fmt: Format,
+  scale: str,
+  inside: jax.Array,
+) -> Quantized:
+  """A block of rows in the form that a product takes; 0 where not `inside`."""
   if isinstance(x, Quantized):
     if (x.tile, x.fmt) == (tile, fmt):
       return x

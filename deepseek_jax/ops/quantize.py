@@ -38,8 +38,9 @@ class Quantized:
   """An array as `codes * scales`.
 
   Attributes:
-    codes: [..., I, J] in `fmt.dtype`.
-    scales: float32 [..., ceil(I / rows), ceil(J / columns)].
+    codes: [..., I, J] in `fmt.dtype`, or integers of the same bits.
+    scales: float32 [..., ceil(I / rows), ceil(J / columns)].  Those of a weight
+      with heads are of its matrix: see `matrix`.
     tile: (rows, columns) that share a scale; 0 is the whole extent.
     fmt: of the codes.
   """
@@ -58,6 +59,22 @@ class Quantized:
   def nbytes(self) -> float:
     """Bytes of codes, as many bits as the format has, and of scales."""
     return self.codes.size * self.fmt.bits / 8 + self.scales.size * 4
+
+  @property
+  def raw(self) -> 'Quantized':
+    """The same codes as integers, which is how they go through loops.
+
+    With float8 in loops and gathers, XLA's CPU backend (jaxlib 0.10.2) takes
+    E4M3 numbers above 240 for NaN, even elsewhere in the program.
+    """
+    if self.fmt.dtype.itemsize > 1 or self.codes.dtype == jnp.uint8:
+      return self
+    codes = jax.lax.bitcast_convert_type(self.codes, jnp.uint8)
+    return dataclasses.replace(self, codes=codes)
+
+  def matrix(self, rows: int) -> 'Quantized':
+    """[rows, J], of a weight [*in, *out] whose heads are split."""
+    return dataclasses.replace(self, codes=self.codes.reshape(rows, -1))
 
   @property
   def mT(self) -> 'Quantized':
@@ -214,3 +231,56 @@ def requantize(
   its new scale is larger than its old one.
   """
   return quantize(q.dequantize(), tile, fmt, scale)
+
+
+def join_scales(variables: dict[str, Any]) -> dict[str, Any]:
+  """Variables in which FP8 codes and their scales are one `Quantized` leaf.
+
+  Args:
+    variables: collections of a converted checkpoint; 'scales', if it is there,
+      has the scales of 128 x 128 blocks at the paths of the codes in 'params',
+      as `convert.load_hf` returns them.
+  """
+
+  def join(codes, scales):
+    if not isinstance(codes, dict):
+      return Quantized(codes, scales, SQUARE_TILE, formats.E4M3).raw
+    return {
+      name: join(inner, scales[name]) if name in scales else inner
+      for name, inner in codes.items()
+    }
+
+  rest = dict(variables)
+  scales = rest.pop('scales', {})
+  return {**rest, 'params': join(rest['params'], scales)}
+
+
+def dense(w: jax.Array | Quantized, dtype: Any, axes: int = 1) -> jax.Array:
+  """A weight [*in, *out] in `dtype`, whether quantised or not.
+
+  Args:
+    w: the weight.
+    dtype: of the result.
+    axes: how many axes `in` are.
+
+  Raises:
+    ValueError: if it is FP8 without scales.
+  """
+  if isinstance(w, Quantized):
+    matrix = w.matrix(math.prod(w.shape[:axes]))
+    return matrix.dequantize(dtype).reshape(w.shape)
+  if w.dtype.itemsize == 1:
+    raise ValueError(
+      f'a weight of {w.dtype.name} has no scales: `quantize.join_scales` the '
+      'variables first'
+    )
+  return w.astype(dtype)
+
+
+def is_quantized(tree: Any) -> bool:
+  """Whether any leaf is `Quantized`."""
+
+  def found(x):
+    return isinstance(x, Quantized)
+
+  return any(map(found, jax.tree.leaves(tree, is_leaf=found)))

@@ -24,6 +24,7 @@ import numpy as np
 from absl import logging
 
 from deepseek_jax import config as config_lib
+from deepseek_jax.ops import quantize
 from deepseek_jax.training import process
 from deepseek_jax.training import state as state_lib
 
@@ -203,8 +204,9 @@ def load_for_inference(
     use_ema: read the averaged parameters (`optim.ema_decay`) instead.
 
   Returns:
-    (config, {'params': ..., 'router_state': ...}, step): float32, on the
-    default device, for which the config's `parallel` is set.
+    (config, {'params': ..., 'router_state': ...}, step): float32, or what a
+    conversion kept, FP8 weights as `Quantized` leaves; on the default device,
+    for which the config's `parallel` is set.
 
   Raises:
     ValueError: if there is no checkpoint, none can be read, or none has an EMA.
@@ -227,6 +229,7 @@ def load_for_inference(
     config = config_lib.from_dict(config_lib.Config, meta['config'])
     # However many devices trained it, this is one.
     one = config_lib.ParallelConfig()
+    model = quantize.join_scales(model)
     return dataclasses.replace(config, parallel=one), model
 
   with _manager(workdir, read_only=True) as manager:
