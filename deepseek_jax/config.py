@@ -589,6 +589,13 @@ class Config:
     parallel, micro = self.parallel, self.micro_batch_size
     moe, shards = self.model.moe, parallel.n_batch_shards
     _require(
+      not parallel.interleave or parallel.node * parallel.expert > 1,
+      'parallel.interleave',
+      parallel.interleave,
+      'lets one half compute while the other is sent to its experts, which all '
+      'lie on every device; use a node or expert above 1, or False',
+    )
+    _require(
       not parallel.interleave or micro % (2 * shards) == 0,
       'parallel.interleave',
       parallel.interleave,

@@ -32,10 +32,13 @@ def make_config(**changes):
   return config_lib.replace(presets.tiny(), {**base, **changes})
 
 
-# Keeps the gradients, as they are, where an optimizer keeps its moments.
+# Plain descent, that keeps the gradients where an optimizer keeps its moments.
 _KEEP = optax.GradientTransformationExtraArgs(
   lambda params: jax.tree.map(jnp.zeros_like, params),
-  lambda grads, _, params, *, lr: (jax.tree.map(jnp.zeros_like, params), grads),
+  lambda grads, _, params, *, lr: (
+    jax.tree.map(lambda g: -lr * g, grads),
+    grads,
+  ),
 )
 
 

@@ -27,6 +27,12 @@ _LAYOUTS = {
   'EP+FSDP': {'data': 2, 'fsdp': 2, 'expert': 2},
 }
 
+_HALVES = {
+  'parallel.data': 2,
+  'parallel.expert': 2,
+  'parallel.interleave': True,
+}
+
 
 def _sizes(layout):
   return {**_SINGLE, **_LAYOUTS[layout]}
@@ -129,6 +135,10 @@ class MeshTest(parameterized.TestCase):
     ({'model.moe.n_routed_experts': 0, 'parallel.expert': 2}, r'among \[1\]'),
     ({'parallel.process_id': 1}, r'process_id=1: use 0 to 0'),
     ({'parallel.coordinator': 'here'}, 'write host:port'),
+    ({'parallel.interleave': True}, 'use a node or expert above 1'),
+    ({**_HALVES, 'data.batch_size': 12}, r'12 // 4; use .* that 8 divides'),
+    ({**_HALVES, 'model.moe.aux_loss': 'batch'}, 'use another aux_loss'),
+    ({**_HALVES, 'parallel.stage': 2}, 'a pipeline overlaps whole'),
   )
   def test_bad_layouts_are_refused(self, changes, message):
     with self.assertRaisesRegex(ValueError, message):

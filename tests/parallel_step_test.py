@@ -51,7 +51,14 @@ _LAYOUTS = {
     'parallel.zero1': True,
     'train.remat': 'full',
   },
+  'EP, interleaved': {
+    'parallel.node': 2,
+    'parallel.expert': 4,
+    'parallel.interleave': True,
+    'train.remat': 'selective',
+  },
 }
+_STEPS, _HYPER = 3, invariance.HYPER._replace(lr=0.1)
 
 # For peaks of memory.
 _WIDE = {
@@ -78,11 +85,11 @@ def _config(layout):
   return config_lib.replace(config, changes)
 
 
-def _batch():
+def _batch(seed=1):
   """Rows with very different numbers of tokens, so that shards differ."""
   parts = [invariance.make_batch()] * (_ROWS // 4)
   whole = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-  rng = np.random.default_rng(1)
+  rng = np.random.default_rng(seed)
   shift = rng.integers(512, size=(_ROWS, 1)).astype(np.int32)
   return {**whole, 'tokens': (whole['tokens'] + shift) % 512}
 
@@ -91,17 +98,35 @@ def _batch():
 def _compiled(layout):
   config = _config(layout)
   train_step, _ = invariance.step_of(config)
-  arguments = *invariance.arguments(config, _batch()), invariance.HYPER
+  arguments = *invariance.arguments(config, _batch()), _HYPER
   return train_step.lower(*arguments).compile(), arguments
 
 
 @functools.cache
 def _results(layout):
-  program, arguments = _compiled(layout)
-  new, metrics = program(*jax.tree.map(lambda x: x, arguments))
-  names = [n for n in metrics if n.endswith('loss')]
-  report = {n: metrics[n] for n in [*names, 'counts', 'dropped', 'grad_norm']}
-  return jax.device_get((report, new.opt_state, new.router_state))
+  """Per step: (report, gradients, biases), and the parameters after all.
+
+  Whatever several devices hold, they hold the same numbers.
+  """
+  program, (state, batch, hyper) = _compiled(layout)
+  steps = []
+  for i in range(_STEPS):
+    if i:
+      _, batch = invariance.arguments(_config(layout), _batch(1 + i))
+    state, metrics = program(state, batch, hyper)
+    jax.tree.map(_assert_agreed, (state, metrics))
+    names = [n for n in metrics if n.endswith('loss')]
+    report = {n: metrics[n] for n in [*names, 'counts', 'dropped', 'grad_norm']}
+    kept = report, state.opt_state, state.router_state
+    steps.append(jax.device_get(kept))
+  return steps, jax.device_get(state.params)
+
+
+def _assert_agreed(x):
+  parts = {}
+  for shard in x.addressable_shards:
+    part = parts.setdefault(str(shard.index), np.asarray(shard.data))
+    np.testing.assert_array_equal(part, shard.data)
 
 
 @functools.cache
@@ -137,11 +162,16 @@ class EqualityTest(parameterized.TestCase):
   def test_losses_gradients_counts_and_biases_are_those_of_one_device(
     self, layout
   ):
-    actual, expected = _results(layout), _results('SINGLE')
-    for a, e, name in zip(actual, expected, ('report', 'gradients', 'bias')):
-      tolerances.assert_close(a, e, tolerances.COMPONENT_PARITY, name)
-    np.testing.assert_array_equal(actual[0]['counts'], expected[0]['counts'])
-    jax.tree.map(np.testing.assert_array_equal, actual[2], expected[2])
+    """Of three steps, each from what the one before left."""
+    (actual, params), (expected, end) = _results(layout), _results('SINGLE')
+    for i in range(_STEPS):
+      names = (f'{name} {i}' for name in ('report', 'gradients', 'bias'))
+      for a, e, name in zip(actual[i], expected[i], names):
+        tolerances.assert_close(a, e, tolerances.COMPONENT_PARITY, name)
+      (report, _, bias), (single, _, same) = actual[i], expected[i]
+      np.testing.assert_array_equal(report['counts'], single['counts'])
+      jax.tree.map(np.testing.assert_array_equal, bias, same)
+    tolerances.assert_close(params, end, tolerances.COMPONENT_PARITY)
 
 
 class CollectivesTest(parameterized.TestCase):
