@@ -52,6 +52,14 @@ CHOICES = {
 _KINDS = {int: 'an integer', float: 'a number', bool: 'true or false'}
 _BOOLS = {'true': True, '1': True, 'false': False, '0': False}
 _WIDTH = 80
+# What evaluation and generation know of `parallel`, and its default there.
+_AXES = {
+  'parallel.data': 'what the others leave',
+  'parallel.fsdp': '1',
+  'parallel.node': '1',
+  'parallel.expert': '1',
+  'parallel.cpu_devices': 'the devices that are there',
+}
 
 
 def define(
@@ -74,6 +82,19 @@ def define(
       _define(flag_values, name, parser, None, text)
 
 
+def define_axes(flag_values: flags.FlagValues = flags.FLAGS) -> None:
+  """Registers those `--parallel` flags that a program without training has."""
+  for name, value, comment in _axes():
+    text = f'{comment} (default: {_AXES[name]})'
+    _define(flag_values, name, _Parser(type(value)), None, text)
+
+
+def axes(flag_values: flags.FlagValues = flags.FLAGS) -> dict[str, int]:
+  """The flags of `define_axes` that are given, as fields of ParallelConfig."""
+  given = {name: flag_values[name].value for name in _AXES}
+  return {k.partition('.')[2]: v for k, v in given.items() if v is not None}
+
+
 def resolve(
   flag_values: flags.FlagValues = flags.FLAGS,
 ) -> tuple[Config, Config]:
@@ -92,8 +113,10 @@ def resolve(
   return config_lib.replace(config, given), base
 
 
-def run(main: Callable[[], None]) -> NoReturn:
+def run(main: Callable[..., None], takes_command: bool = False) -> NoReturn:
   """Parses the command line, calls `main` and exits.
+
+  With `takes_command`, `main` is given the words that follow the flags.
 
   This package raises `ValueError` for a user's mistake, `FloatingPointError`
   for a run that diverged, and neither for anything else: from a `raise` of its
@@ -101,17 +124,17 @@ def run(main: Callable[[], None]) -> NoReturn:
   a library, is a bug and keeps its traceback.
   """
 
-  def guarded(_: list[str]) -> None:
+  def guarded(argv: list[str]) -> None:
     if not flags.FLAGS['verbosity'].present:
       logging.set_verbosity(logging.WARNING)  # Orbax tells every detail.
     try:
-      main()
+      main(*[argv[1:]] * takes_command)
     except (ValueError, FloatingPointError) as error:
       if not _raised_here(error):
         raise
       _fail(str(error))
 
-  app.run(guarded, flags_parser=_parse)
+  app.run(guarded, flags_parser=lambda argv: _parse(argv, takes_command))
 
 
 def describe() -> str:
@@ -148,6 +171,12 @@ def closest(word: str, names: Iterable[str]) -> list[str]:
   scores = {name: score(name) for name in names}
   best = max(scores.values(), default=0)
   return [n for n, s in scores.items() if s == best >= 0.6][:3]
+
+
+def _axes() -> Iterator[tuple[str, Any, str]]:
+  """(name, default, comment) of each flag in `_AXES`."""
+  for section in _sections(config_lib.Config()):
+    yield from (leaf for leaf in section.leaves if leaf[0] in _AXES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +262,7 @@ def _did_you_mean(
   return f'; did you mean {" or ".join(near)}{end}' if near else ''
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(argv: list[str], takes_command: bool) -> list[str]:
   """The flags parser of `run`: own help, and one line for each mistake."""
   if {'--help', '-help', '-h', '--helpshort'} & set(argv[1:]):
     _print_help()
@@ -245,7 +274,7 @@ def _parse(argv: list[str]) -> list[str]:
     _fail(f'unknown flag --{error.flagname}{near or "; --help lists them"}')
   except flags.Error as error:
     _fail(str(error))
-  if len(rest) > 1:
+  if len(rest) > 1 and not takes_command:
     _fail(f'unexpected argument {rest[1]!r}; write flags as --name=value')
   return rest
 
@@ -257,6 +286,10 @@ def _print_help() -> NoReturn:
   if 'preset' in flags.FLAGS:
     print(f'\nSettings (default preset: {flags.FLAGS["preset"].default}):')
     print(describe(), end='')
+  elif set(_AXES) <= set(flags.FLAGS):
+    print('\nSeveral devices; with any of these all of them are used:')
+    for name, _, comment in _axes():
+      print(*_row(f'  --{name}', f'{comment} ({_AXES[name]})'), sep='\n')
   sys.exit(0)
 
 

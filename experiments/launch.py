@@ -17,8 +17,9 @@ import subprocess
 import sys
 import time
 
-from absl import app
 from absl import flags as absl_flags
+
+from deepseek_jax import flags
 
 _PROCESSES = absl_flags.DEFINE_integer(
   'processes', 2, 'How many.', lower_bound=1
@@ -70,14 +71,16 @@ def _wait(processes: list[subprocess.Popen]) -> int:
   return bad
 
 
-def main(argv: list[str]) -> None:
+def main(command: list[str]) -> None:
   """Runs what follows `--`, several times at once."""
-  if len(argv) < 2:
-    app.usage(shorthelp=True, exitcode=2)
-  if not shutil.which(argv[1]):
-    print(f'ERROR: {argv[1]}: no such program', file=sys.stderr)
-    sys.exit(2)
-  processes = _start(argv[1:])
+  if not command:
+    raise ValueError(
+      'no command to start: write --processes=2 -- python -m experiments.train '
+      '--workdir=runs/two, and the flags of that'
+    )
+  if not shutil.which(command[0]):
+    raise ValueError(f'{command[0]}: no such program')
+  processes = _start(command)
 
   def forward(number, _):
     for process in processes:
@@ -90,4 +93,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  flags.run(main, takes_command=True)

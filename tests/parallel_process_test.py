@@ -169,15 +169,17 @@ def _check_another_layout_goes_on(workdir):
 
 
 @pytest.mark.parametrize(
-  'command, expected, message',
+  'arguments, expected, message',
   [
-    (('false',), 1, 'ended with status 1'),
-    (('no-such-program',), 2, 'ERROR: no-such-program: no such program'),
-    ((), 2, '--processes'),
+    (('--processes=2', '--', 'false'), 1, 'ended with status 1'),
+    (('--', 'no-such-program'), 2, 'ERROR: no-such-program: no such program'),
+    (('--processes=2',), 2, 'ERROR: no command to start'),
+    (('--processes=0', '--', 'true'), 2, 'ERROR: flag --processes=0: '),
+    (('--process=2', '--', 'true'), 2, 'did you mean --processes'),
   ],
 )
-def test_the_launcher_passes_a_failure_on(command, expected, message):
-  process = _start('-m', 'experiments.launch', '--processes=2', '--', *command)
+def test_the_launcher_passes_a_failure_on(arguments, expected, message):
+  process = _start('-m', 'experiments.launch', *arguments)
   status, text = _finish(process)
   assert status == expected
   assert message in text and 'Traceback' not in text
