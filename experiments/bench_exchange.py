@@ -11,6 +11,7 @@ buffers of the compiled program, with room for the mean load.  A gate and shared
 experts communicate nothing.
 """
 
+import dataclasses
 import time
 
 import jax
@@ -45,7 +46,7 @@ _KINDS = {
 def _exchange(moe, parallel, two_hop, fp8):
   precision = PrecisionConfig(fp8=FP8Config(enabled=fp8))
   made = expert.Exchange.of(moe, precision, parallel)
-  return expert.Exchange(made.buffer, made.kept, made.max_nodes, two_hop)
+  return dataclasses.replace(made, two_hop=two_hop)
 
 
 def _across_and_within(sent, parallel):

@@ -9,7 +9,7 @@ from absl.testing import parameterized
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import MoEConfig, ParallelConfig
-from deepseek_jax.ops import experts, routing
+from deepseek_jax.ops import experts, formats, routing
 from deepseek_jax.ops.fp8_recipe import Kept
 from deepseek_jax.parallel import expert, hlo, rules
 from deepseek_jax.parallel import mesh as mesh_lib
@@ -146,16 +146,17 @@ class RoutedFfnTest(parameterized.TestCase):
     {'expert': 8}, {'node': 2, 'expert': 4}, {'node': 4, 'expert': 2}
   )
   def test_fp8_dispatch_rounds_tokens_and_gradients_once(self, **sizes):
-    """Each row is rounded to E4M3 before it leaves, and never again."""
+    """Each row is rounded before it leaves, to its format, and never again."""
+    kept, gradient = Kept(scale='ceil'), Kept(formats.E5M2, 'ceil')
 
-    kept = Kept(scale='ceil')
-
-    def rounded(x):
+    def rounded(x, kept):
       return kept.quantize(jnp.asarray(x)).dequantize()
 
     (x, *others), ids, dy = _problem()
-    expected = _run(experts.expert_ffn, (rounded(x), *others), ids, rounded(dy))
-    got = _parallel(make_mesh(**sizes), Exchange(kept=kept))
+    args = (rounded(x, kept), *others)
+    expected = _run(experts.expert_ffn, args, ids, rounded(dy, gradient))
+    exchange = Exchange(kept=kept, kept_gradient=gradient)
+    got = _parallel(make_mesh(**sizes), exchange)
     tolerances.assert_close(got, expected, tolerances.COMPONENT_PARITY)
 
   def test_rows_that_a_policy_keeps_are_not_sent_again(self):

@@ -68,7 +68,7 @@ class Recipe:
     saved: the activation between forward and backward; E5M6 for the input of
       `wo`, which attention's backward pass reads as well.
     swiglu: SwiGLU's inputs; its output is computed again from them.
-    dispatch: tokens and their gradients, as they are sent to the experts.
+    dispatch: tokens, as they are sent to the experts.
     activation_tile: of Fprop's input.
     gradient_tile: of Dgrad's; 128 x 128 is what diverges in appendix B.2.
     weight_tile: of Fprop's and Dgrad's weight.
@@ -87,6 +87,11 @@ class Recipe:
   weight_tile: tuple[int, int] = quantize.SQUARE_TILE
   accumulation: Accumulation = Accumulation()
   steps: Steps = REFERENCE
+
+  @property
+  def dispatch_gradient(self) -> Kept:
+    """Gradients of the experts' output, as they are sent to the experts."""
+    return Kept(self.gradient_fmt, self.dispatch.scale)
 
 
 def of(config: FP8Config, role: str = '', steps: Steps = REFERENCE) -> Recipe:

@@ -41,14 +41,16 @@ class Exchange:
   Attributes:
     buffer: room for received rows, as a multiple of their mean number; rows
       beyond it go in further rounds.  0: room for the worst case, one round.
-    kept: how tokens, and gradients on the way back, are quantised when they are
-      dispatched.  None, and when combining: in the dtype they have.
+    kept: how tokens are quantised when they are dispatched.  None, and when
+      combining: in the dtype they have.
+    kept_gradient: likewise, the gradients that go to the experts.
     max_nodes: that a token's experts lie on; 0: as many as it has experts.
     two_hop: over `node`, then over `expert`, where there are several nodes.
   """
 
   buffer: float = 0.0
   kept: Kept | None = None
+  kept_gradient: Kept | None = None
   max_nodes: int = 0
   two_hop: bool = True
 
@@ -62,9 +64,11 @@ class Exchange:
     if groups % nodes == 0 or nodes % groups == 0:
       # A node owns whole groups, or a group's experts lie on several.
       max_nodes = moe.n_limited_groups * max(1, nodes // groups)
-    fp8 = precision.fp8
-    kept = fp8_recipe.of(fp8).dispatch if fp8.enabled else None
-    return cls(parallel.expert_buffer, kept, max_nodes)
+    kept = kept_gradient = None
+    if precision.fp8.enabled:
+      recipe = fp8_recipe.of(precision.fp8)
+      kept, kept_gradient = recipe.dispatch, recipe.dispatch_gradient
+    return cls(parallel.expert_buffer, kept, kept_gradient, max_nodes)
 
 
 @functools.partial(
@@ -137,20 +141,13 @@ def ragged_a2a(
     axes: over which.
     pair_rows: at least every size; only the emulation pads to it.
   """
-  dtype = operand_RD.dtype
-  if dtype.itemsize == 1:  # XLA's CPU backend would send FP8 as float16.
-    operand_RD, output_RD = (
-      lax.bitcast_convert_type(v, jnp.uint8) for v in (operand_RD, output_RD)
-    )
   sizes = (input_offsets_W, send_sizes_W, output_offsets_W, recv_sizes_W)
   # Not `lax.platform_dependent`: within a loop it leaves a conditional of one
   # branch, beside which XLA schedules nothing.
   device = jax.sharding.get_abstract_mesh().abstract_device
   if device.platform == 'cpu':
-    moved = _emulated_a2a(operand_RD, output_RD, *sizes, axes, pair_rows)
-  else:
-    moved = lax.ragged_all_to_all(operand_RD, output_RD, *sizes, axis_name=axes)
-  return lax.bitcast_convert_type(moved, dtype)
+    return _emulated_a2a(operand_RD, output_RD, *sizes, axes, pair_rows)
+  return lax.ragged_all_to_all(operand_RD, output_RD, *sizes, axis_name=axes)
 
 
 def _emulated_a2a(
@@ -354,7 +351,7 @@ def _out(x_TD: jax.Array, hops: Route, index: Any, kept: Any) -> jax.Array:
   """Rows to their experts, quantised once for all hops."""
   x = x_TD
   if kept:
-    x = kept.quantize(x)
+    x = kept.quantize(x).raw
   for hop in hops[:-1]:
     x = push(x, hop, 0)
   x = push(x, hops[-1], index)
@@ -441,15 +438,15 @@ def _combine_bwd(kept, residuals, dy_TD):
 combine.defvjp(_combine_fwd, _combine_bwd)
 
 
-def _one_round(weights, x_TD, gates_TK, hops, index, ffn, kept):
+def _one_round(weights, x_TD, gates_TK, hops, index, ffn, exchange):
   """Dispatch, experts, combine; `weights` are w1, w2 and w3."""
-  rows, gates = dispatch(x_TD, gates_TK, hops, index, kept)
+  rows, gates = dispatch(x_TD, gates_TK, hops, index, exchange.kept)
   y = ffn(rows, *weights, received_ids(hops[-1], index), gates)
-  return combine(y, hops, index, kept)
+  return combine(y, hops, index, exchange.kept_gradient)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _further_rounds(weights, x_TD, gates_TK, hops, ffn, kept):
+def _further_rounds(weights, x_TD, gates_TK, hops, ffn, exchange):
   """The sum of all rounds but the first.
 
   How many there are is decided at run time, the same on all ranks of the hops;
@@ -457,7 +454,7 @@ def _further_rounds(weights, x_TD, gates_TK, hops, ffn, kept):
   """
 
   def body(index, y):
-    return y + _one_round(weights, x_TD, gates_TK, hops, index, ffn, kept)
+    return y + _one_round(weights, x_TD, gates_TK, hops, index, ffn, exchange)
 
   return lax.fori_loop(1, _agreed_rounds(hops), body, jnp.zeros_like(x_TD))
 
@@ -467,17 +464,17 @@ def _agreed_rounds(hops):
   return lax.pmax(hops[-1].rounds, every)
 
 
-def _further_rounds_fwd(weights, x_TD, gates_TK, hops, ffn, kept):
+def _further_rounds_fwd(weights, x_TD, gates_TK, hops, ffn, exchange):
   args = (weights, x_TD, gates_TK, hops)
-  return _further_rounds(*args, ffn, kept), args
+  return _further_rounds(*args, ffn, exchange), args
 
 
-def _further_rounds_bwd(ffn, kept, residuals, dy_TD):
+def _further_rounds_bwd(ffn, exchange, residuals, dy_TD):
   *primals, hops = residuals
 
   def body(index, total):
     def run(*primals):
-      return _one_round(*primals, hops, index, ffn, kept)
+      return _one_round(*primals, hops, index, ffn, exchange)
 
     gradients = jax.vjp(run, *primals)[1](dy_TD)
     return jax.tree.map(jnp.add, total, gradients)
@@ -522,12 +519,12 @@ def expert_parallel_ffn(
     return ffn(x_TD, *weights, expert_ids_TK, weights_TK)
   own = w1_eDF.shape[0]
   hops = route(expert_ids_TK, W * own, exchange)
-  y = _one_round(weights, x_TD, weights_TK, hops, 0, ffn, exchange.kept)
+  y = _one_round(weights, x_TD, weights_TK, hops, 0, ffn, exchange)
   most = hops[-1].permutation.flat_to_row_TK.shape[0] * min(
     expert_ids_TK.shape[1], own
   )
   if hops[-1].pair_rows < most:
-    y += _further_rounds(weights, x_TD, weights_TK, hops, ffn, exchange.kept)
+    y += _further_rounds(weights, x_TD, weights_TK, hops, ffn, exchange)
   return y
 
 
