@@ -1,7 +1,7 @@
 """Speed of a conversion that keeps the dtype, beside a plain file copy.
 
-    python -m experiments.bench_convert                # 2.3 GB, three times
-    python -m experiments.bench_convert --layers=6     # 5.2 GB
+    python -m experiments.bench_convert                # 2.7 GB, three times
+    python -m experiments.bench_convert --layers=6     # 5.6 GB
     python -m experiments.bench_convert --preset=tiny --layers=1 --rounds=1
 
 Makes a synthetic FP8 checkpoint with V3's layout: its experts' matrices of 14.7

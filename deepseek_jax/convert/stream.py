@@ -194,9 +194,19 @@ def _write_part(target, offset, part, source, budget, advance):
     with target.open() as out:
       out.seek(offset)
       _write_bytes(out, part, source, advance)
+      _begin_writeback(out, offset, part.spec.nbytes)
   finally:
     budget.release(cost)
   target.finish_part()
+
+
+def _begin_writeback(out, offset, nbytes):
+  """Has the kernel write now what it would keep until gigabytes are dirty.
+
+  The disk then works beside the copies, not after them.
+  """
+  if hasattr(os, 'posix_fadvise'):  # Linux, but not macOS.
+    os.posix_fadvise(out.fileno(), offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def _cost(source, part):
