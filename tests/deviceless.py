@@ -42,14 +42,28 @@ def plugin() -> pathlib.Path:
   return folder
 
 
-def run(*arguments: str) -> str:
-  """What `python ARGUMENTS` prints, where it can compile for a GPU."""
+def assembled(*arguments: str) -> list[str]:
+  """What ptxas says of each Pallas kernel that `python ARGUMENTS` compiles."""
+  with tempfile.TemporaryDirectory() as folder:
+    run(*arguments, MOSAIC_GPU_DUMP_PTXAS='1', MOSAIC_GPU_DUMP_TO=folder)
+    paths = sorted(pathlib.Path(folder).glob('*.ptxas'))
+    return [path.read_text() for path in paths]
+
+
+def run(*arguments: str, **variables: str) -> str:
+  """What `python ARGUMENTS` prints, where it can compile for a GPU.
+
+  Args:
+    *arguments: of Python.
+    **variables: of the environment, besides.
+  """
   paths = [str(plugin()), str(_ROOT), os.environ.get('PYTHONPATH', '')]
   environment = {
     **os.environ,
     'PYTHONPATH': os.pathsep.join(filter(None, paths)),
     'JAX_PLATFORMS': 'cpu',
     'XLA_FLAGS': '',  # Those of conftest.py are for the CPU.
+    **variables,
   }
   done = subprocess.run(
     [sys.executable, *arguments],

@@ -7,15 +7,20 @@ nothing; jax 0.10 interprets one of them.
 """
 
 import functools
+import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
-from deepseek_jax import config
+from deepseek_jax import config, presets
 from deepseek_jax.kernels import (
   experts,
+  fp8,
+  fp8_experts,
   fp8_gemm,
   fp8_matmul,
   grouped,
@@ -23,11 +28,13 @@ from deepseek_jax.kernels import (
   permute,
   turn,
 )
-from deepseek_jax.layers import linear
+from deepseek_jax.kernels import quantize as rows
+from deepseek_jax.layers import block, linear
 from deepseek_jax.ops import experts as experts_reference
+from deepseek_jax.ops import fp8_experts as fp8_experts_reference
 from deepseek_jax.ops import fp8_matmul as fp8_reference
+from deepseek_jax.ops import fp8_recipe, quantize
 from deepseek_jax.ops import grouped as reference
-from deepseek_jax.ops import quantize
 from deepseek_jax.ops.formats import E4M3
 from deepseek_jax.ops.quantize import (
   COLUMN_TILE,
@@ -35,7 +42,7 @@ from deepseek_jax.ops.quantize import (
   SQUARE_TILE,
   Quantized,
 )
-from tests import tolerances
+from tests import deviceless, tolerances
 
 BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
 KERNEL = {'implementation': 'mosaic_gpu'}
@@ -288,6 +295,112 @@ class LayersTest(Kernels):
       actual = grads(kernel)(weights, ids, x, *ws)
     expected = grads(experts_reference.expert_ffn)(weights, ids, x, *ws)
     self.close(actual, expected, tolerances.BFLOAT16)
+
+  @parameterized.product(mode=(*MODES, 'compose'))
+  def test_fp8_experts(self, mode):
+    def grads(f, recipe):
+      def loss(weights, ids, x, *ws):
+        y = f(x, *ws, ids, weights, recipe)
+        return (y.astype(F32) ** 2).sum()
+
+      return jax.grad(loss, argnums=(0, 2, 3, 4, 5))
+
+    kernel = functools.partial(fp8_experts.expert_ffn, **KERNEL)
+    if mode == 'lower':
+      D, F, E, T, K = 7168, 2048, 8, 4096, 8
+      args = abstract((T, K), F32), abstract((T, K), I32), abstract((T, D))
+      ws = [abstract(s, F32) for s in ((E, D, F), (E, F, D), (E, D, F))]
+      recipe = fp8_recipe.Recipe(steps=fp8.steps('auto'))
+      count = self.count(grads(kernel, recipe), *args, *ws)
+      # Nine products.  Quantised: tokens, SwiGLU's inputs and output; dy, two
+      # gradients; three operands of Wgrad, and two turned.  Rows move in three
+      # times, out twice.
+      self.assertEqual(count, 9 + 4 + 3 + 3 + 2 * mosaic.turns_codes() + 5)
+      return
+    # Each block of an expert is one of 128 rows in both.
+    T, E = 160, 3
+    ids = jnp.asarray(np.random.default_rng(2).integers(0, 4, (T, 2)), I32)
+    weights = jnp.linspace(0.2, 1, 2 * T).reshape(T, 2)
+    x = draw(T, 128).astype(F32)
+    shapes = (E, 128, 256), (E, 256, 128), (E, 128, 256)
+    ws = [draw(*s, seed=i).astype(F32) / 8 for i, s in enumerate(shapes)]
+    recipe = fp8_recipe.Recipe()
+    if mode == 'interpret':
+      with mosaic.interpreted():
+        actual = grads(kernel, recipe)(weights, ids, x, *ws)
+    else:  # The same steps, each by its reference.
+      with mock.patch.object(fp8_experts, '_KERNEL', 'xla'):
+        actual = grads(kernel, recipe)(weights, ids, x, *ws)
+    expected = grads(fp8_experts_reference.expert_ffn, recipe)(
+      weights, ids, x, *ws
+    )
+    self.close(actual, expected, tolerances.FP8_REORDERED)
+
+  def test_norms_and_swiglu_are_quantised_where_they_are_computed(self):
+    """Inputs of wq_a with wkv_a, wq_b, w1 with w3, and w2, of a dense layer."""
+    c = presets.deepseek_v3().model
+    precision = config.PrecisionConfig(fp8=config.FP8Config(enabled=True))
+    layer = block.Block(c, False, precision)
+    x, ids = abstract((1, 4096, c.dim)), abstract((1, 4096), I32)
+    args = x, ids, None, abstract((1, 4096), F32)
+    variables = jax.eval_shape(layer.init, jax.random.key(0), *args)
+
+    def run(*args):
+      return layer.apply(*args)[0]
+
+    with (
+      mock.patch.object(rows, '_rms_norm', wraps=rows._rms_norm) as normed,
+      mock.patch.object(rows, '_rowwise', wraps=rows._rowwise) as rowwise,
+    ):
+      count = self.count(run, variables, *args)
+    self.assertEqual(normed.call_count, 3)
+    fused = [call.args[0] is rows._swiglu for call in rowwise.call_args_list]
+    # Not fused: what enters wkv_b and wo; SwiGLU's inputs as they are kept.
+    self.assertEqual((sum(fused), len(fused)), (1, 5))
+    self.assertEqual(count, 8 + 1 + 3 + 5)
+
+
+_ASSEMBLE = """
+import functools, sys
+import jax
+from jax.sharding import SingleDeviceSharding
+from deepseek_jax.kernels import mosaic
+from deepseek_jax.parallel import topology
+from experiments import gpu_cases
+place = SingleDeviceSharding(topology.topology('h100', 1)[0])
+def abstract(x):
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+cases = {case.name: case for case in gpu_cases.all_cases(small=False)}
+with mosaic.for_hopper():
+  for name in sys.argv[1:]:
+    run = functools.partial(cases[name].run, implementation='mosaic_gpu')
+    operands = jax.tree.map(abstract, jax.eval_shape(cases[name].make))
+    jax.jit(run).lower(*operands).compile()
+"""
+_ASSEMBLED = (
+  'quantize 16384x7168', 'swiglu 16384x7168', 'rms_norm 16384x7168',
+  'turn bf16 16384x7168', 'fp8_matmul 4096x7168x16384',
+  'fp8_matmul 4096x2112x7168', 'fp8_matmul wgrad 4096x7168x16384',
+  *(f'grouped {kind} 65536x7168x2048 of 8' for kind in (
+    'bf16', 'bf16 dgrad', 'bf16 wgrad', 'fp8', 'fp8 wgrad')),
+  'permute 8192x8x7168', 'unpermute 8192x8x7168',
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_kernels_are_assembled_without_spills():
+  """By ptxas for sm_90a: no tile leaves the registers.
+
+  An accumulator of 64 x 128 is 256 bytes of each thread.  The wide FP8 tile,
+  whose sums and accumulators are 192 registers, spills up to 72 bytes.
+  """
+  reports = deviceless.assembled('-c', _ASSEMBLE, *_ASSEMBLED)
+  assert len(reports) == len(_ASSEMBLED)
+  for report in reports:
+    assert 'sm_90a' in report
+    assert 'serialized' not in report  # Of wgmma: one waits for the other.
+    spilled = re.findall(r'(\d+) bytes spill stores', report)
+    assert spilled and max(map(int, spilled)) <= 96, report
 
 
 class ReferenceTest(parameterized.TestCase):

@@ -44,6 +44,9 @@ for name, updates in steps.items():
   program = bench_gpu.compiled(step)
   result[name] = {
     'kernels': bench_gpu.mosaic_calls(program.hlo),
+    'results': re.findall(
+      r'= \\(?(\\w+\\[[\\d,]*\\]).*custom_call_target="mosaic_gpu', program.hlo
+    ),
     'shapes': sorted(set(re.findall(r'\\w+\\[[\\d,]*\\]', program.hlo))),
     'arguments': program.arguments,
     'temporary': program.temporary,
@@ -65,6 +68,16 @@ def test_kernels_are_in_the_step():
   assert _compiled()['bf16']['kernels'] >= 6
   assert _compiled()['fp8']['kernels'] >= 6
   assert _compiled()['bf16_xla']['kernels'] == 0
+
+
+@pytest.mark.slow
+def test_the_products_of_experts_are_kernels_in_fp8_too():
+  """Gradients of each expert's w1 and w3, and w2: of no other array's shape."""
+  up, down = 'f32[8,256,128]', 'f32[8,128,256]'
+  for name in ('bf16', 'fp8'):
+    results = _compiled()[name]['results']
+    assert results.count(up) >= 2 and results.count(down) >= 1, results
+  assert _compiled()['fp8']['kernels'] > _compiled()['bf16']['kernels']
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ def _fwd(x_TD, weights, weights_TK, layout):
   w1, w2, w3 = weights
   x = permute.permute(x_TD, layout, _KERNEL)
   gate, up = (checkpoint_name(_dot(x, w, layout), 'ffn_up') for w in (w1, w3))
-  hidden = _hidden(gate, up, _gate_weights(weights_TK, layout))
+  hidden = hidden_of(gate, up, gate_weights(weights_TK, layout))
   y = _dot(hidden.astype(x.dtype), w2, layout)
   y_TD = permute.unpermute(y, layout, implementation=_KERNEL)
   return y_TD, (x_TD, weights, weights_TK, layout, gate, up)
@@ -64,7 +64,7 @@ def _bwd(residuals, dy_TD):
   x_TD, (w1, w2, w3), weights_TK, layout, gate, up = residuals
   dy = permute.permute(dy_TD, layout, _KERNEL)
   dhidden = _dot(dy, w2, layout, turned=True)
-  hidden, vjp = jax.vjp(_hidden, gate, up, _gate_weights(weights_TK, layout))
+  hidden, vjp = jax.vjp(hidden_of, gate, up, gate_weights(weights_TK, layout))
   dgate, dup, dweights_R = vjp(dhidden.astype(jnp.float32))
   dx = _dot(dgate, w1, layout, turned=True) + _dot(dup, w3, layout, turned=True)
   x = permute.permute(x_TD, layout, _KERNEL)
@@ -88,13 +88,15 @@ def _dot(x, w, layout, turned=False):
   return grouped.dot(x, w, layout.groups, turned, _KERNEL)
 
 
-def _hidden(gate_RF, up_RF, weights_R):
+def hidden_of(
+  gate_RF: jax.Array, up_RF: jax.Array, weights_R: jax.Array
+) -> jax.Array:
   """SwiGLU times the gate weights, in float32."""
   gate, up = gate_RF.astype(jnp.float32), up_RF.astype(jnp.float32)
   return jax.nn.silu(gate) * up * weights_R[:, None]
 
 
-def _gate_weights(weights_TK, layout):
+def gate_weights(weights_TK: jax.Array, layout: layouts.Layout) -> jax.Array:
   """float32 [R], zero for rows without a token."""
   flat = weights_TK.reshape(-1).astype(jnp.float32)
   return flat.at[layout.choice_R].get(mode='fill', fill_value=0)

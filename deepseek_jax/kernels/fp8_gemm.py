@@ -111,8 +111,8 @@ def multiply(
   """`a @ b^T` with scales: [M, N], or [E, M, N] for segments of K.
 
   Args:
-    a_MK: E4M3 codes.
-    b_ENK: E4M3 codes; E is 1 if there are no experts or there are segments.
+    a_MK: E4M3 codes, or integers of the same bits.
+    b_ENK: likewise; E is 1 if there are no experts or there are segments.
     a_scales: float32 [K / 128, M].
     b_scales: float32 [E, N / 128, K / 128], or [K / 128, N]: of each column.
     dtype: of the result.
@@ -120,6 +120,9 @@ def multiply(
     add_to: float32 of the result's shape, added to it.
     shape: of the tile; None: the best.
   """
+  a_MK, b_ENK = (
+    lax.bitcast_convert_type(v, jnp.float8_e4m3fn) for v in (a_MK, b_ENK)
+  )
   M, K = a_MK.shape
   N = b_ENK.shape[1]
   has_column_scales = b_scales.ndim == 2

@@ -8,6 +8,7 @@ import jax
 from deepseek_jax.config import ModelConfig, ParallelConfig, PrecisionConfig
 from deepseek_jax.layers import params
 from deepseek_jax.layers.gqa import GQA
+from deepseek_jax.layers.linear import normed
 from deepseek_jax.layers.mla import MLA
 from deepseek_jax.layers.mlp import MLP
 from deepseek_jax.layers.moe import MoE, MoEStats
@@ -53,20 +54,21 @@ class Block(nn.Module):
     c, precision = self.config, self.precision
     attn = (MLA if c.attention == 'mla' else GQA)(c, precision, name='attn')
     scale = params.norm_scale(self, 'attn_norm', c.dim)
-    hidden_BTD = norms.rms_norm(x_BTD, scale, c.norm_eps)
+    hidden = normed(x_BTD, scale, c.norm_eps, precision)
     decodes = cache is not None
     if decodes:
-      out_BTD, cache = attn(hidden_BTD, positions_BT, None, cache, prefill)
+      out_BTD, cache = attn(hidden, positions_BT, None, cache, prefill)
     else:
-      out_BTD = attn(hidden_BTD, positions_BT, segments_BT)
+      out_BTD = attn(hidden, positions_BT, segments_BT)
     x_BTD += out_BTD
     scale = params.norm_scale(self, 'ffn_norm', c.dim)
-    hidden_BTD = norms.rms_norm(x_BTD, scale, c.norm_eps)
     if self.is_moe:
+      hidden_BTD = norms.rms_norm(x_BTD, scale, c.norm_eps)
       ffn = MoE(c, precision, self.parallel, name='ffn')
       out_BTD, stats = ffn(hidden_BTD, mask_BT, decodes)
     else:
       ffn = MLP(c.inter_dim, c.init_std, precision, name='ffn')
-      out_BTD, stats = ffn(hidden_BTD), None
+      hidden = normed(x_BTD, scale, c.norm_eps, precision)
+      out_BTD, stats = ffn(hidden), None
     x_BTD += out_BTD
     return (x_BTD, stats, cache) if decodes else (x_BTD, stats)

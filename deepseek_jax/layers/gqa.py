@@ -1,5 +1,7 @@
 """Multi-head, grouped-query and multi-query attention: MLA's baselines."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -27,13 +29,13 @@ class GQA(nn.Module):
   @nn.compact
   def __call__(
     self,
-    x_BTD: jax.Array,
+    x_BTD: Any,
     positions_BT: jax.Array,
     segments_BT: jax.Array | None = None,
     cache: Cache | None = None,
     prefill: bool = False,
   ) -> jax.Array | tuple[jax.Array, Cache]:
-    """[B, T, D] to [B, T, D]; with a cache of keys and values as for `MLA`."""
+    """[B, T, D] to [B, T, D]; `x_BTD`, and a cache of keys, as for `MLA`."""
     c = self.config
     H = c.gqa.head_dim
     x, kept = share(x_BTD, self.precision), None

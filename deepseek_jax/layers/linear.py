@@ -14,26 +14,42 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import PrecisionConfig
 from deepseek_jax.kernels import fp8
-from deepseek_jax.ops import fp8_linear, fp8_recipe, quantize
+from deepseek_jax.ops import fp8_linear, fp8_recipe, norms, quantize
 from deepseek_jax.ops import swiglu as swiglu_lib
 from deepseek_jax.ops.fp8_linear import Input
 from deepseek_jax.ops.quantize import Quantized
 
 
-def share(x: jax.Array, precision: PrecisionConfig) -> Any:
+def normed(
+  x: jax.Array, scale_D: jax.Array, eps: float, precision: PrecisionConfig
+) -> Any:
+  """`share` of `norms.rms_norm`, quantised where it is computed."""
+  hidden = norms.rms_norm(x, scale_D, eps)
+  recipe = recipe_of(precision)
+  if not precision.fp8.enabled or recipe.activation_tile != quantize.ROW_TILE:
+    return share(hidden, precision)
+  x_TD = x.reshape(-1, x.shape[-1])
+  codes = recipe.steps.rms_norm(
+    *jax.lax.stop_gradient((x_TD, scale_D)), eps, recipe.fmt, recipe.scale
+  )
+  return _quantize(hidden, recipe, codes=codes)
+
+
+def share(x: jax.Array | Input, precision: PrecisionConfig) -> Any:
   """`x` [..., D] for several `linear`s: with FP8 it is quantised once."""
-  if not precision.fp8.enabled:
+  if not precision.fp8.enabled or isinstance(x, Input):
     return x
-  return _quantize(x, _recipe(precision))
+  return _quantize(x, recipe_of(precision))
 
 
-def _recipe(precision, role=''):
+def recipe_of(precision: PrecisionConfig, role: str = '') -> fp8_recipe.Recipe:
+  """The recipe of a weight's layer, its steps by kernels where they can run."""
   return fp8_recipe.of(precision.fp8, role, fp8.steps(precision.kernels))
 
 
-def _quantize(x, recipe, saved=None):
+def _quantize(x, recipe, saved=None, codes=None):
   x_TD = x.reshape(-1, x.shape[-1])
-  _, codes, kept = fp8_linear.quantize_input(x_TD, recipe, saved)
+  _, codes, kept = fp8_linear.quantize_input(x_TD, recipe, saved, codes)
   if saved is None:
     codes, kept = checkpoint_name((codes, kept), 'linear_in')
   return Input(x, codes, kept)
@@ -65,7 +81,7 @@ def linear(
   if not precision.fp8.enabled:
     y = jnp.tensordot(x, quantize.dense(w, x.dtype, axes), axes)
     return checkpoint_name(y, role)
-  recipe = _recipe(precision, role)
+  recipe = recipe_of(precision, role)
   D, out = math.prod(w.shape[:axes]), w.shape[axes:]
   if not isinstance(x, Input):
     x = _quantize(x.reshape(*x.shape[: x.ndim - axes], D), recipe, saved)
@@ -75,17 +91,15 @@ def linear(
   return checkpoint_name(y_TF.reshape(*x.x_TD.shape[:-1], *out), role)
 
 
-def swiglu(
-  gate: jax.Array, up: jax.Array, precision: PrecisionConfig
-) -> tuple[jax.Array, Any]:
-  """`silu(gate) * up`, and what is kept of it already, for `linear`."""
+def swiglu(gate: jax.Array, up: jax.Array, precision: PrecisionConfig) -> Any:
+  """`silu(gate) * up`, as `linear` takes it for `w2`."""
   if not precision.fp8.enabled:
     gate, up = checkpoint_name((gate, up), 'ffn_up')
-    return swiglu_lib.swiglu(gate, up), None
-  recipe, shape = fp8_recipe.of(precision.fp8, 'w2'), gate.shape
+    return swiglu_lib.swiglu(gate, up)
+  recipe, shape = recipe_of(precision, 'w2'), gate.shape
   gate, up = (x.reshape(-1, shape[-1]) for x in (gate, up))
-  hidden, saved = swiglu_lib.fp8_swiglu(gate, up, recipe)
-  return hidden.reshape(shape), saved
+  hidden = swiglu_lib.fp8_swiglu(gate, up, recipe)
+  return hidden._replace(x_TD=hidden.x_TD.reshape(shape))
 
 
 def attention_kept(precision: PrecisionConfig) -> fp8_recipe.Kept | None:

@@ -1,5 +1,7 @@
 """Multi-head latent attention, expanded and absorbed (V3 section 2.1.1)."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,12 @@ import jax.numpy as jnp
 from deepseek_jax.config import ModelConfig, PrecisionConfig
 from deepseek_jax.kernels import dispatch, mla_attention, mla_decode
 from deepseek_jax.layers import params
-from deepseek_jax.layers.linear import attention_kept, linear, share
+from deepseek_jax.layers.linear import (
+  attention_kept,
+  linear,
+  normed,
+  share,
+)
 from deepseek_jax.ops import cached_attention, norms, quantize, rope
 
 
@@ -25,7 +32,7 @@ class MLA(nn.Module):
   @nn.compact
   def __call__(
     self,
-    x_BTD: jax.Array,
+    x_BTD: Any,
     positions_BT: jax.Array,
     segments_BT: jax.Array | None = None,
     cache_BSX: jax.Array | None = None,
@@ -34,7 +41,7 @@ class MLA(nn.Module):
     """Equations 1 to 11; [B, T, D] to [B, T, D] in the dtype of `x_BTD`.
 
     Args:
-      x_BTD: tokens.
+      x_BTD: tokens, or what `normed` made of them.
       positions_BT: int32.
       segments_BT: int32; None: no mask.  Not used with a cache.
       cache_BSX: normalised latent and rotated shared key, [B, S, C + P], of
@@ -86,7 +93,7 @@ class MLA(nn.Module):
       wq_a = self._weight('wq_a', (c.dim, mla.q_lora_rank), ('dim', None))
       latent = linear(x, wq_a, 'wq_a', self.precision)
       scale = params.norm_scale(self, 'q_norm', mla.q_lora_rank)
-      latent = norms.rms_norm(latent, scale, c.norm_eps)
+      latent = normed(latent, scale, c.norm_eps, self.precision)
       name, width, axis = 'wq_b', mla.q_lora_rank, None
     else:
       latent, name, width, axis = x, 'wq', c.dim, 'dim'

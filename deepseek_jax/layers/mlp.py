@@ -1,5 +1,7 @@
 """The dense SwiGLU feed-forward network, and the shared experts."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,8 +19,8 @@ class MLP(nn.Module):
   precision: PrecisionConfig = PrecisionConfig()
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    """[B, T, D] to [B, T, D] in the dtype of `x_BTD`."""
+  def __call__(self, x_BTD: Any) -> jax.Array:
+    """[B, T, D], or what `normed` gave, to [B, T, D] in its dtype."""
     D, F = x_BTD.shape[-1], self.inter_dim
     up = params.normal(self.init_std, 'dim', 'mlp')
     down = params.normal(self.init_std, 'mlp', 'dim')
@@ -28,5 +30,5 @@ class MLP(nn.Module):
     x = share(x_BTD, self.precision)
     gate = linear(x, w1, 'w1', self.precision)
     up = linear(x, w3, 'w3', self.precision)
-    hidden, saved = swiglu(gate, up, self.precision)
-    return linear(hidden, w2, 'w2', self.precision, saved=saved)
+    hidden = swiglu(gate, up, self.precision)
+    return linear(hidden, w2, 'w2', self.precision)

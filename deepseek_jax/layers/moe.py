@@ -10,13 +10,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig, ParallelConfig, PrecisionConfig
-from deepseek_jax.kernels import dispatch, experts
+from deepseek_jax.kernels import dispatch, experts, fp8_experts
 from deepseek_jax.layers import params
+from deepseek_jax.layers.linear import recipe_of
 from deepseek_jax.layers.mlp import MLP
 from deepseek_jax.ops import (
   expert_decode,
-  fp8_experts,
-  fp8_recipe,
   losses,
   quantize,
   routing,
@@ -89,13 +88,14 @@ class MoE(nn.Module):
 
   def _ffn(self, decodes, fp8):
     """The experts' function, of tokens, weights, ids and gate weights."""
-    recipe = fp8_recipe.of(self.precision.fp8) if fp8 else None
+    recipe = recipe_of(self.precision) if fp8 else None
     if decodes:
       return functools.partial(expert_decode.expert_ffn, recipe=recipe)
+    chosen = {'implementation': dispatch.requested(self.precision.kernels)}
     if fp8:
-      return functools.partial(fp8_experts.expert_ffn, recipe=recipe)
-    chosen = dispatch.requested(self.precision.kernels)
-    return functools.partial(experts.expert_ffn, implementation=chosen)
+      chosen['recipe'] = recipe
+      return functools.partial(fp8_experts.expert_ffn, **chosen)
+    return functools.partial(experts.expert_ffn, **chosen)
 
   def _routed(self, x_BTD, route, decodes):
     """The gated sum of each token's routed experts."""

@@ -211,7 +211,8 @@ def _weight_grad(sent, sent_dy, kept, dinputs, rows, recipe, shapes):
     )
     x = activation(_take(sent, rows, start)).mT
     hidden = _hidden(*(_cut(q, start).dequantize() for q in kept))
-    hidden = activation(hidden * _cut(rows.gate, start)).mT
+    hidden = hidden * _cut(rows.gate, start)
+    hidden = activation(hidden.astype(dinputs[0].dtype)).mT
     dgate, dup = (gradient(_cut(v, start)) for v in dinputs)
     dy = gradient(_take(sent_dy, rows, start))
     products = dot(x, dgate), dot(hidden, dy), dot(x, dup)

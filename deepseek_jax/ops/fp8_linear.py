@@ -31,11 +31,17 @@ class Input(NamedTuple):
   codes: Quantized
   saved: Quantized | Packed | jax.Array
 
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of what it was."""
+    return self.x_TD.shape
+
 
 def quantize_input(
   x_TD: jax.Array,
   recipe: Recipe,
   saved: Quantized | Packed | jax.Array | None = None,
+  codes: Quantized | None = None,
 ) -> Input:
   """`x_TD` for `fp8_linear`.
 
@@ -43,10 +49,12 @@ def quantize_input(
     x_TD: activations.
     recipe: of the layers that take it.
     saved: instead of what the recipe keeps, if there is something already.
+    codes: Fprop's operand, if it was quantised where it was computed.
   """
   constant = jax.lax.stop_gradient(x_TD)
   how = (recipe.activation_tile, recipe.fmt, recipe.scale)
-  codes = recipe.steps.quantize(constant, *how)
+  if codes is None:
+    codes = recipe.steps.quantize(constant, *how)
   kept = recipe.saved
   if saved is None and how == (quantize.ROW_TILE, kept.fmt, kept.scale):
     saved = codes

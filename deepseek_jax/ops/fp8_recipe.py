@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 
 from deepseek_jax.config import FP8Config
-from deepseek_jax.ops import formats, fp8_matmul, quantize
+from deepseek_jax.ops import formats, fp8_matmul, fused_quantize, quantize
 from deepseek_jax.ops.formats import E4M3, Format
 from deepseek_jax.ops.fp8_matmul import Accumulation
 
@@ -47,11 +47,15 @@ class Steps(NamedTuple):
     quantize: as `quantize.quantize`.
     requantize: as `quantize.requantize`.
     dot: as `fp8_matmul.dot`.
+    swiglu: as `fused_quantize.swiglu`.
+    rms_norm: as `fused_quantize.rms_norm`.
   """
 
   quantize: Callable[..., quantize.Quantized]
   requantize: Callable[..., quantize.Quantized]
   dot: Callable[..., jax.Array]
+  swiglu: Callable[..., quantize.Quantized] = fused_quantize.swiglu
+  rms_norm: Callable[..., quantize.Quantized] = fused_quantize.rms_norm
 
 
 REFERENCE = Steps(quantize.quantize, quantize.requantize, fp8_matmul.dot)

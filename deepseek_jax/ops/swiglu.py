@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from deepseek_jax.ops.fp8_linear import Input
 from deepseek_jax.ops.fp8_recipe import Recipe
+from deepseek_jax.ops.quantize import ROW_TILE
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -16,26 +18,31 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
   return jax.nn.silu(gate) * up
 
 
-def fp8_swiglu(
-  gate_TF: jax.Array, up_TF: jax.Array, recipe: Recipe
-) -> tuple[jax.Array, jax.Array]:
-  """`swiglu`, and the same of its inputs as they are kept.
+def fp8_swiglu(gate_TF: jax.Array, up_TF: jax.Array, recipe: Recipe) -> Input:
+  """`swiglu` in float32, rounded once and quantised: the input of `w2`.
 
-  From the second the down projection takes its weight gradient, so that it does
-  not matter what is computed again; the gradient of the first is that at the
-  kept inputs.
+  What is saved is the same of the inputs as they are kept.  From it the down
+  projection takes its weight gradient, so that it does not matter what is
+  computed again; the gradient of SwiGLU is that at the kept inputs.
 
   Args:
     gate_TF: compute dtype.
     up_TF: likewise.
-    recipe: of the layer.
+    recipe: of the down projection.
   """
-  kept = tuple(
-    recipe.swiglu.quantize(jax.lax.stop_gradient(x)) for x in (gate_TF, up_TF)
-  )
+  inputs, steps = jax.lax.stop_gradient((gate_TF, up_TF)), recipe.steps
+  how, dtype = (recipe.swiglu.fmt, recipe.swiglu.scale), gate_TF.dtype
+  kept = tuple(steps.quantize(x, ROW_TILE, *how) for x in inputs)
   kept = checkpoint_name(kept, 'ffn_up')
-  again = swiglu(*(q.dequantize() for q in kept)).astype(gate_TF.dtype)
-  return _rounded(gate_TF, up_TF, kept), again
+  again = swiglu(*(q.dequantize() for q in kept)).astype(dtype)
+  if recipe.activation_tile == ROW_TILE:
+    codes = steps.swiglu(*inputs, fmt=recipe.fmt, scale=recipe.scale)
+  else:
+    hidden = swiglu(*(x.astype(jnp.float32) for x in inputs)).astype(dtype)
+    codes = steps.quantize(
+      hidden, recipe.activation_tile, recipe.fmt, recipe.scale
+    )
+  return Input(_rounded(gate_TF, up_TF, kept), codes, again)
 
 
 @jax.custom_vjp
