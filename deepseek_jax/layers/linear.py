@@ -9,7 +9,6 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import PrecisionConfig
@@ -78,11 +77,15 @@ def linear(
     axes: how many axes `in` are.
     saved: what is kept of `x` for the backward pass already, if anything.
   """
+  D, out = math.prod(w.shape[:axes]), w.shape[axes:]
   if not precision.fp8.enabled:
-    y = jnp.tensordot(x, quantize.dense(w, x.dtype, axes), axes)
+    # Of matrices, not of higher ranks: the gradient by `w` would contract two
+    # dimensions, for which XLA transposes both operands in memory.
+    w_DF = quantize.dense(w, x.dtype, axes).reshape(D, -1)
+    y_TF = x.reshape(-1, D) @ w_DF
+    y = y_TF.reshape(*x.shape[: x.ndim - axes], *out)
     return checkpoint_name(y, role)
   recipe = recipe_of(precision, role)
-  D, out = math.prod(w.shape[:axes]), w.shape[axes:]
   if not isinstance(x, Input):
     x = _quantize(x.reshape(*x.shape[: x.ndim - axes], D), recipe, saved)
   flat = x._replace(x_TD=x.x_TD.reshape(-1, D))

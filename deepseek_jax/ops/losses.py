@@ -46,12 +46,12 @@ def logits(hidden: jax.Array, head_VD: jax.Array) -> jax.Array:
 
 def _chunk_loss(hidden, head, targets, weights, z_loss):
   """One chunk's `CrossEntropy`, its logits and their logsumexp."""
-  z_BTV = logits(hidden, head)
-  lse = jax.nn.logsumexp(z_BTV, axis=-1)
-  target_z = jnp.take_along_axis(z_BTV, targets[..., None], -1)[..., 0]
+  z_TV = logits(hidden, head)
+  lse = jax.nn.logsumexp(z_TV, axis=-1)
+  target_z = jnp.take_along_axis(z_TV, targets[..., None], -1)[..., 0]
   nll = jnp.sum(weights * (lse - target_z))
   loss = nll + z_loss * jnp.sum(weights * lse**2)
-  return CrossEntropy(loss, nll), z_BTV, lse
+  return CrossEntropy(loss, nll), z_TV, lse
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -89,21 +89,22 @@ def _forward(hidden, head, targets, weights, z_loss, with_grad):
 
   def body(carry, xs):
     sums, head_grad = carry
-    h, t, w = xs
-    chunk_sums, z_BTV, lse = _chunk_loss(h, head, t, w, z_loss)
+    # Products of matrices: see `layers/linear.py`.
+    h, t, w = (x.reshape(-1, *x.shape[2:]) for x in xs)
+    chunk_sums, z_TV, lse = _chunk_loss(h, head, t, w, z_loss)
     sums = jax.tree.map(jnp.add, sums, chunk_sums)
     if not with_grad:
       return (sums, head_grad), None
-    prob = jnp.exp(z_BTV - lse[..., None])
+    prob = jnp.exp(z_TV - lse[..., None])
     slope = w * (1 + 2 * z_loss * lse)
-    iota = jax.lax.broadcasted_iota(jnp.int32, z_BTV.shape, 2)
+    iota = jax.lax.broadcasted_iota(jnp.int32, z_TV.shape, 1)
     hit = jnp.where(iota == t[..., None], w[..., None], 0.0)
     dlogits = (prob * slope[..., None] - hit).astype(h.dtype)
-    dh = jnp.einsum('BTV,VD->BTD', dlogits, head).astype(h.dtype)
+    dh = jnp.einsum('TV,VD->TD', dlogits, head).astype(h.dtype)
     head_grad += jnp.einsum(
-      'BTV,BTD->VD', dlogits, h, preferred_element_type=jnp.float32
+      'TV,TD->VD', dlogits, h, preferred_element_type=jnp.float32
     )
-    return (sums, head_grad), dh
+    return (sums, head_grad), dh.reshape(xs[0].shape)
 
   zeros = CrossEntropy(jnp.float32(0), jnp.float32(0))
   head_grad = jnp.zeros(head.shape if with_grad else (), jnp.float32)
