@@ -103,15 +103,21 @@ def lines(config: config_lib.Config, rounds: int) -> Iterator[str]:
     yield f'| {name} {_row(measure(_laid_out(config, axes), rounds))}'
   each = config.data.batch_size // _DEVICES
   yield f'\nWeak scaling, {each} sequences a device:\n'
-  yield '| devices | step s | per device, times one | sent MB |'
-  yield '|---|---|---|---|'
+  yield (
+    '| devices | compile s | step s | per device, times one | state MB '
+    '| temporary MB | sent MB |'
+  )
+  yield '|---|---|---|---|---|---|---|'
   one = None
   for n in (1, 2, 4, 8):
     part = config_lib.replace(config, {'data.batch_size': each * n})
     run = measure(_laid_out(part, {'data': n}), rounds)
     one = one or run.step
     ratio = run.step / n / one
-    yield f'| {n} | {run.step:.2f} | {ratio:.2f} | {_sent(run)} |'
+    yield (
+      f'| {n} | {run.compile:.0f} | {run.step:.2f} | {ratio:.2f} '
+      f'| {run.state / 1e6:.1f} | {run.temporary / 1e6:.1f} | {_sent(run)} |'
+    )
 
 
 def _laid_out(config, axes):

@@ -3,8 +3,10 @@
     python -m experiments.eval                             # runs/quickstart
     python -m experiments.eval --workdir=runs/aux --ema --batches=0
 
-Reads the newest checkpoint, also while the run goes on.  The last line of the
-output is JSON.
+    python -m experiments.eval --parallel.expert=2 --parallel.cpu_devices=4
+
+Reads the newest checkpoint, also while the run goes on; on several devices none
+holds more than its part.  The last line of the output is JSON.
 """
 
 import json
@@ -31,6 +33,7 @@ _BATCHES = absl_flags.DEFINE_integer(
   'Validation batches; 0: all (default: train.eval_batches of the run).',
   lower_bound=0,
 )
+flags.define_axes()
 
 
 def main() -> None:
@@ -40,27 +43,26 @@ def main() -> None:
     raise ValueError(f'--workdir={workdir}: no such directory')
   from deepseek_jax.data import pipeline, tokenizer
   from deepseek_jax.evaluation import run
-  from deepseek_jax.training import checkpoint, process, state
-  from deepseek_jax.training import step as step_lib
+  from deepseek_jax.training import state
+  from deepseek_jax.training import trained as trained_lib
 
-  config, variables, step = checkpoint.load_for_inference(workdir, _EMA.value)
-  updates = {
+  changes = {
     'train.eval_batches': _BATCHES.value,
     'precision.fp8.enabled': _FP8.value,
   }
-  updates = {name: v for name, v in updates.items() if v is not None}
-  config = config_lib.replace(config, updates)
-  process.prepare(config)
+  changes = {name: v for name, v in changes.items() if v is not None}
+  parallel = trained_lib.start(flags.axes())
+  trained = trained_lib.load(workdir, _EMA.value, parallel, changes)
+  config = trained.config
   # The run's own tokenizer: here the source might train another.
   saved = str(workdir / 'tokenizer.json')
   corpus = pipeline.load(config.data, config.model.vocab_size)
   if not corpus.tokenizer.equals(tokenizer.Tokenizer.load(saved)):
     config = config_lib.replace(config, {'data.tokenizer': saved})
     corpus = pipeline.load(config.data, config.model.vocab_size)
-  model = step_lib.build_model(config)
-  evaluate = run.make_evaluate(model, config, corpus)
-  trained = state.TrainState(step=step, opt_state={}, **variables)
-  results = {'step': step, 'ema': _EMA.value, **evaluate(trained)}
+  evaluate = run.make_evaluate(trained.model, config, corpus, trained.layout)
+  final = state.TrainState(step=trained.step, opt_state={}, **trained.variables)
+  results = {'step': trained.step, 'ema': _EMA.value, **evaluate(final)}
   for name, value in results.items():
     shown = f'{value:.4f}' if type(value) is float else value
     print(f'{name:24}{shown!s:>10}')

@@ -4,9 +4,12 @@
     python -m experiments.generate --prompt='def ' --prompt='class ' --ema
     python -m experiments.generate --temperature=0 --speculative=1
     python -m experiments.generate --workdir=runs/chat --interactive
+    python -m experiments.generate --parallel.expert=4 \\
+        --parallel.cpu_devices=8 --redundant_experts=8
 
 Reads the newest checkpoint, also while the run goes on.  A single text appears
-as it is made; speed, and how many drafts of MTP stood, go to stderr.
+as it is made; speed, and how many drafts of MTP stood, go to stderr.  Several
+devices divide the model and the prompts.
 """
 
 import pathlib
@@ -15,7 +18,6 @@ import time
 
 from absl import flags as absl_flags
 
-from deepseek_jax import config as config_lib
 from deepseek_jax import flags
 
 _WORKDIR = absl_flags.DEFINE_string(
@@ -56,6 +58,14 @@ _SPECULATIVE = absl_flags.DEFINE_integer(
   'speculative', 0, 'Tokens that MTP drafts per pass; 0: none.', lower_bound=0
 )
 _SEED = absl_flags.DEFINE_integer('seed', 0, 'Of the draws.', lower_bound=0)
+_REDUNDANT = absl_flags.DEFINE_integer(
+  'redundant_experts',
+  0,
+  'Copies of the busiest experts of each layer, by the load that the run has '
+  'seen last.',
+  lower_bound=0,
+)
+flags.define_axes()
 
 
 class Generator:
@@ -64,35 +74,45 @@ class Generator:
   def __init__(self, workdir: pathlib.Path):
     from deepseek_jax.data import tokenizer as tokenizer_lib
     from deepseek_jax.inference import weights
-    from deepseek_jax.training import checkpoint, process
-    from deepseek_jax.training import step as step_lib
+    from deepseek_jax.training import trained as trained_lib
 
-    config, variables, _ = checkpoint.load_for_inference(workdir, _EMA.value)
+    parallel = trained_lib.start(flags.axes())
+    changes = {
+      # Nothing is trained: any batch will do that so many devices can share.
+      'data.batch_size': parallel.n_devices,
+      'data.batch_size_start': 0,
+      'train.micro_batch_size': 0,
+    }
     if _FP8.value is not None:
-      config = config_lib.replace(config, {'precision.fp8.enabled': _FP8.value})
-    process.prepare(config)
+      changes['precision.fp8.enabled'] = _FP8.value
+    trained = trained_lib.load(workdir, _EMA.value, parallel, changes)
     self.tokenizer = tokenizer_lib.Tokenizer.load(workdir / 'tokenizer.json')
-    self._model = step_lib.build_model(config)
-    self._variables = weights.unstack(self._model, variables)
+    self._model, self._layout = trained.model, trained.layout
+    variables = weights.unstack(self._model, trained.variables)
+    if _REDUNDANT.value:
+      variables = _with_copies(variables, workdir, trained.config)
+    self._variables = variables
 
   def complete(self, prompts, on_tokens=None) -> list[list[int]]:
     """The new tokens of each prompt; speed goes to stderr."""
     from deepseek_jax.inference import generate
+    from deepseek_jax.training import layout as layout_lib
 
     started = time.perf_counter()
-    result = generate.generate(
-      self._model,
-      self._variables,
-      prompts,
-      _MAX_NEW_TOKENS.value,
-      temperature=_TEMPERATURE.value,
-      top_k=_TOP_K.value,
-      top_p=_TOP_P.value,
-      seed=_SEED.value,
-      stop_ids=[self.tokenizer.eos_id],
-      drafts=_SPECULATIVE.value,
-      on_tokens=on_tokens,
-    )
+    with layout_lib.ambient(self._layout):
+      result = generate.generate(
+        self._model,
+        self._variables,
+        prompts,
+        _MAX_NEW_TOKENS.value,
+        temperature=_TEMPERATURE.value,
+        top_k=_TOP_K.value,
+        top_p=_TOP_P.value,
+        seed=_SEED.value,
+        stop_ids=[self.tokenizer.eos_id],
+        drafts=_SPECULATIVE.value,
+        on_tokens=on_tokens,
+      )
     count, seconds = sum(map(len, result.tokens)), time.perf_counter() - started
     note = f'{count} tokens, {count / seconds:.1f} a second'
     if result.acceptance:
@@ -127,6 +147,35 @@ class Generator:
   def document(self, text: str) -> list[int]:
     """As in training, where every document begins with this token."""
     return [self.tokenizer.bos_id, *self.tokenizer.encode(text).tolist()]
+
+
+def _with_copies(variables, workdir, config):
+  """`variables` with the copies that `--redundant_experts` asks for."""
+  import numpy as np
+
+  from deepseek_jax.inference import load_balance
+  from deepseek_jax.training import metrics
+
+  flag = f'--redundant_experts={_REDUNDANT.value}'
+  loads = [row['load'] for row in metrics.read(workdir) if 'load' in row]
+  if not loads:
+    raise ValueError(
+      f'{flag}: {workdir / metrics.FILE} has no load of experts, by which to '
+      'choose; use a run with routed experts, or 0'
+    )
+  axes, moe = config.parallel, config.model.moe
+  devices = axes.node * axes.expert
+  count = moe.n_routed_experts + _REDUNDANT.value
+  if count % devices:
+    raise ValueError(
+      f'{flag}: {moe.n_routed_experts} experts and these are {count} in a '
+      f'layer, which node x expert = {devices} devices cannot share; use a '
+      f'multiple of {devices}'
+    )
+  placement = load_balance.place(
+    np.array(loads[-1]), count, moe.n_expert_groups, axes.node, devices
+  )
+  return load_balance.add_replicas(variables, placement)
 
 
 def _converse(generator: Generator, template: str) -> None:

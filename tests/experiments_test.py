@@ -86,6 +86,61 @@ def test_evaluates_as_the_run_did(swept):
 
 
 @pytest.mark.slow
+def test_evaluates_and_continues_on_several_devices(swept):
+  """The experts divided, with copies of busy ones: one device's numbers."""
+  _, workdir, _ = swept
+  run = _runs(workdir)[0]
+  devices = ['--parallel.expert=2', '--parallel.cpu_devices=4']
+  status, output, errors = _command('eval', f'--workdir={run}', *devices)
+  assert status == 0, errors
+  results = json.loads(output.splitlines()[-1])
+  record = json.loads((run / 'metrics.jsonl').read_text().splitlines()[-1])
+  for name in ('val_loss', 'val_bpb'):
+    tolerances.assert_close(
+      results[name], record[name], tolerances.COMPONENT_PARITY, name
+    )
+  arguments = [
+    'generate',
+    f'--workdir={run}',
+    '--prompt=def f',
+    '--prompt=  return',
+    '--max_new_tokens=6',
+    '--temperature=0',
+  ]
+  status, expected, errors = _command(*arguments)
+  assert status == 0, errors
+  status, output, errors = _command(
+    *arguments, *devices, '--redundant_experts=4'
+  )
+  assert status == 0, errors
+  assert output == expected and len(output) > 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    (
+      ['generate', '--parallel.expert=4', '--parallel.cpu_devices=4']
+      + ['--redundant_experts=3'],
+      '8 experts and these are 11',
+    ),
+    (
+      ['eval', '--parallel.data=3', '--parallel.cpu_devices=3'],
+      'data.batch_size=8: ',
+    ),
+    (['eval', '--parallel.stage=2'], 'unknown flag --parallel.stage'),
+  ],
+)
+def test_devices_that_do_not_fit_are_refused(swept, arguments, message):
+  program, *flags = arguments
+  run = _runs(swept[1])[0]
+  status, _, errors = _command(program, f'--workdir={run}', *flags)
+  last = errors.splitlines()[-1]
+  assert status == 2 and last.startswith('ERROR: ') and message in last, errors
+
+
+@pytest.mark.slow
 def test_continues_the_prompt(swept):
   _, workdir, _ = swept
   arguments = ['generate', f'--workdir={_runs(workdir)[0]}', '--prompt=def f']

@@ -27,7 +27,7 @@ def _trained():
     presets.tiny(),
     {
       'model.n_layers': 2,
-      'model.n_mtp_layers': 0,
+      'model.n_mtp_layers': 1,
       'model.init_std': 0.3,
       'model.moe.n_routed_experts': 8,
       'model.moe.n_activated_experts': 2,
@@ -49,12 +49,12 @@ def _placement(load_LE):
   return load_balance.place(load_LE, _REPLICAS, moe.n_expert_groups, 2, 4)
 
 
-def _divided(variables):
+def _divided(variables, drafts=0):
   model, _ = _trained()
   mesh = mesh_lib.build(_PARALLEL, jax.devices()[:4])
   with jax.set_mesh(mesh):
     shared = weights.share(variables, mesh)
-    done = generate.generate(model, shared, _PROMPTS, 5)
+    done = generate.generate(model, shared, _PROMPTS, 5, drafts=drafts)
   return shared, done
 
 
@@ -75,6 +75,34 @@ def test_four_devices_write_what_one_does(redundant):
   np.testing.assert_array_equal(done.load_LE, single.load_LE)
 
 
+def test_experts_of_mtp_have_copies_too():
+  """A draft changes no token, so the text is that of plain decoding."""
+  model, variables = _trained()
+  main = _single().load_LE
+  # Another load, so that a layer with its neighbour's copies would be wrong.
+  placement = _placement(np.concatenate([main, main[:, ::-1]]))
+  assert (placement.experts_LP[0] != placement.experts_LP[1]).any()
+  variables = load_balance.add_replicas(variables, placement)
+  shared, done = _divided(variables, drafts=1)
+  for layer, state, experts_P in zip(
+    (shared['params'][n][0] for n in ('moe_layers', 'mtp')),
+    (shared['router_state'][n][0] for n in ('moe_layers', 'mtp')),
+    placement.experts_LP,
+    strict=True,
+  ):
+    layer, state = layer.get('block', layer), state.get('block', state)
+    assert layer['ffn']['w1'].shape[0] == _REPLICAS
+    assert {s.data.shape[0] for s in layer['ffn']['w1'].addressable_shards} == {
+      _REPLICAS // 4
+    }
+    chosen = state['ffn']['replicas'][:, 0]
+    np.testing.assert_array_equal(experts_P[chosen], np.arange(8))
+  assert done.tokens == _single().tokens
+  # What its copies draft is what its experts do.
+  alone = generate.generate(model, _trained()[1], _PROMPTS, 5, drafts=1)
+  assert done.acceptance == alone.acceptance
+
+
 def test_copies_take_turns_and_are_of_their_expert():
   load_LE = _single().load_LE
   placement = _placement(load_LE)
@@ -88,6 +116,6 @@ def test_copies_take_turns_and_are_of_their_expert():
 
 
 def test_a_placement_of_other_layers_is_refused():
-  placement = _placement(np.ones((2, 8)))
-  with pytest.raises(ValueError, match='placement of 2 layers for 1'):
+  placement = _placement(np.ones((3, 8)))
+  with pytest.raises(ValueError, match='placement of 3 layers for 1 and 1 MTP'):
     load_balance.add_replicas(_trained()[1], placement)

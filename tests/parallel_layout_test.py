@@ -11,13 +11,16 @@ from jax.sharding import PartitionSpec
 
 from deepseek_jax import config as config_lib
 from deepseek_jax import presets
+from deepseek_jax.inference import weights
 from deepseek_jax.training import (
   checkpoint,
   ema,
   holdings,
   optimizer,
   process,
+  schedules,
   step,
+  trained,
 )
 
 _LAYOUTS = {
@@ -120,8 +123,81 @@ def test_a_checkpoint_of_one_layout_is_read_by_another(
   )
 
 
+def test_no_device_reads_more_than_its_part(tmp_path):
+  """Nor holds more where the model is unstacked for generation."""
+  config, model, *_ = _made('one device')
+  state = _state('one device', seed=3)
+  average = jax.tree.map(lambda x: 2 * np.asarray(x), state.params)
+  with checkpoint.Checkpointer(tmp_path, config) as saver:
+    saver.save(state, {}, average)
+  parallel = trained.start({'fsdp': 2, 'expert': 2})
+  assert parallel == config_lib.ParallelConfig(data=2, fsdp=2, expert=2)
+  for use_ema, expected in ((False, state.params), (True, average)):
+    read = trained.load(tmp_path, use_ema, parallel)
+    assert read.config.parallel == parallel
+    params = read.variables['params']
+    jax.tree.map(_assert_placed, params, read.layout.params())
+    chex.assert_trees_all_equal(*jax.device_get((params, expected)))
+  too_many = config_lib.ParallelConfig(expert=16)
+  with pytest.raises(checkpoint.ConfigMismatch, match='must divide n_routed'):
+    trained.load(tmp_path, parallel=too_many)
+  for variables in (
+    read.variables,
+    {**read.variables, 'params': read.layout.for_inference(params)},
+  ):
+    divided = weights.unstack(model, variables)['params']
+    for path, x in jax.tree_util.tree_leaves_with_path(divided):
+      parts = 1 if x.ndim == 1 else 2 if x.ndim == 2 else None
+      if path[-1].key in ('w1', 'w2', 'w3') and x.ndim == 3:
+        parts = 4
+      if parts:
+        assert x.addressable_shards[0].data.size * parts == x.size, path
+
+
+def test_devices_that_are_left_over_copy_the_model():
+  assert trained.start({}) == config_lib.ParallelConfig()
+  assert trained.start({'expert': 4}).data == 2
+  for axes in ({'expert': 4, 'data': 1}, {'expert': 3}, {'fsdp': 16}):
+    with pytest.raises(ValueError, match='devices, but there are 8'):
+      trained.start(axes)
+
+
 def _assert_placed(x, sharding):
   assert x.sharding == sharding, (x.sharding, sharding)
+
+
+@pytest.mark.slow
+class FullSizeTest(parameterized.TestCase):
+  @parameterized.parameters(*presets.PRESETS)
+  def test_a_step_of_every_preset_divides(self, preset):
+    """Traced at full size on all axes but stages: parameters, activations."""
+    config = config_lib.replace(
+      presets.PRESETS[preset](),
+      {
+        **{f'parallel.{k}': 2 for k in ('data', 'fsdp', 'expert')},
+        'parallel.zero1': True,
+        'data.batch_size': 8,
+        'data.batch_size_start': 0,
+        'train.micro_batch_size': 0,
+      },
+    )
+    model = step.build_model(config)
+    tx = optimizer.adamw(config.optim, config.precision)
+    where = step.make_layout(model, config)
+    state = step.abstract_state(model, tx, where)
+    shape = (1, 8, config.data.seq_len + 1)
+    tokens = jax.ShapeDtypeStruct(shape, np.int32)
+    batch = {'tokens': tokens, 'segments': tokens}
+    hyper = schedules.Schedule(config).at(0)
+    train_step = step.make_train_step(model, config, tx, layout=where)
+    new, metrics = jax.eval_shape(train_step, state, batch, hyper)
+    jax.tree.map(self._assert_alike, new, state)
+    m = config.model
+    counts = m.n_moe_layers + m.n_mtp_layers, m.moe.n_routed_experts
+    self.assertEqual(metrics['counts'].shape, counts)
+
+  def _assert_alike(self, new, old):
+    self.assertEqual((new.shape, new.dtype), (old.shape, old.dtype))
 
 
 class HoldingsTest(parameterized.TestCase):

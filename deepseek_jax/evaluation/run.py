@@ -10,7 +10,7 @@ from deepseek_jax.data import pipeline
 from deepseek_jax.evaluation import perplexity
 from deepseek_jax.inference import generate
 from deepseek_jax.training import layout as layout_lib
-from deepseek_jax.training import loop
+from deepseek_jax.training import loop, process
 from deepseek_jax.training import state as state_lib
 
 _SAMPLES, _PROMPT_TOKENS, _NEW_TOKENS = 4, 16, 128
@@ -74,20 +74,27 @@ def write_samples(
   corpus: pipeline.Corpus,
   config: config_lib.Config,
   step: int,
+  layout: layout_lib.Layout | None = None,
 ) -> None:
-  """Continues the beginnings of validation documents: samples/<step>.txt."""
+  """Continues the beginnings of validation documents: samples/<step>.txt.
+
+  With a layout, every process calls it, and the first one writes.
+  """
   tokenizer, rows = corpus.tokenizer, corpus.validation
   count = min(_SAMPLES, len(rows.documents))
   prompts = [rows.document(i)[:_PROMPT_TOKENS].tolist() for i in range(count)]
-  outputs = generate.generate(
-    model,
-    variables,
-    prompts,
-    min(_NEW_TOKENS, config.data.seq_len),
-    temperature=_TEMPERATURE,
-    seed=config.train.seed,
-    stop_ids=[tokenizer.eos_id],
-  ).tokens
+  with layout_lib.ambient(layout):
+    outputs = generate.generate(
+      model,
+      variables,
+      prompts,
+      min(_NEW_TOKENS, config.data.seq_len),
+      temperature=_TEMPERATURE,
+      seed=config.train.seed,
+      stop_ids=[tokenizer.eos_id],
+    ).tokens
+  if not process.is_first():
+    return
   texts = [
     f'=== {tokenizer.decode(prompt)!r}\n{tokenizer.decode(output)}\n'
     for prompt, output in zip(prompts, outputs)

@@ -64,12 +64,15 @@ def init(
 
 
 def divide(cache: Cache) -> Cache:
-  """`cache`, its sequences divided over the ambient mesh, if they can be."""
-  mesh = jax.sharding.get_mesh()
-  shards = math.prod(mesh.shape.get(axis, 1) for axis in rules.BATCH)
-  if mesh.empty or cache.lengths_B.shape[0] % shards:
+  """`cache`, its sequences divided over the ambient mesh as far as they can."""
+  mesh, axes = jax.sharding.get_mesh(), ()
+  if mesh.empty:
     return cache
-  return jax.device_put(cache, NamedSharding(mesh, P(rules.BATCH)))
+  for axis in rules.BATCH:
+    shards = math.prod(mesh.shape[a] for a in (*axes, axis))
+    if cache.lengths_B.shape[0] % shards == 0:
+      axes += (axis,)
+  return jax.device_put(cache, NamedSharding(mesh, P(axes)))
 
 
 def bytes_per_token(cache: Cache) -> int:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.config import FP8Config
 from deepseek_jax.inference import cache as cache_lib
@@ -106,7 +107,7 @@ def generate(
   )
   texts = [[] for _ in prompts]
   _hand_out(texts, tokens, on_tokens)
-  while np.any(_plain(carry).rows.budget_B > 0):
+  while np.any(_to_host(_plain(carry).rows.budget_B) > 0):
     if drafts:
       carry, tokens = speculative.decode(
         model, drafts, _PASSES, variables, carry, how, stops
@@ -162,8 +163,16 @@ def _begin(
   return carry, tokens
 
 
+def _to_host(tree):
+  """In numpy, also what other processes' devices have parts of."""
+  if not all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
+    whole = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
+    tree = jax.jit(lambda tree: tree, out_shardings=whole)(tree)
+  return jax.device_get(tree)
+
+
 def _hand_out(texts, tokens, on_tokens):
-  new = [row[row >= 0].tolist() for row in np.asarray(tokens)]
+  new = [row[row >= 0].tolist() for row in _to_host(tokens)]
   for text, tokens in zip(texts, new):
     text.extend(tokens)
   if on_tokens and any(new):
@@ -172,12 +181,12 @@ def _hand_out(texts, tokens, on_tokens):
 
 def _result(texts, carry, prompts):
   plain = _plain(carry)
-  load = None if plain.load_LE is None else np.asarray(plain.load_LE)
+  load = _to_host(plain.load_LE)
   if isinstance(carry, speculative.Carry):
-    tried, accepted = map(np.asarray, carry.tally[:2])
+    tried, accepted, passes = _to_host(carry.tally)
     acceptance = tuple((accepted / np.maximum(tried, 1)).tolist())
-    return Generation(texts, load, float(carry.tally.passes), acceptance)
-  grown = int(np.sum(plain.cache.lengths_B)) - sum(len(p) for p in prompts)
+    return Generation(texts, load, float(passes), acceptance)
+  grown = _to_host(plain.cache.lengths_B).sum() - sum(len(p) for p in prompts)
   return Generation(texts, load, float(grown), ())
 
 

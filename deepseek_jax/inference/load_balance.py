@@ -4,6 +4,7 @@ Deciding is arithmetic on the host, in numpy.  The loads are those that
 `generate.Generation.load_LE` collected, or of any other period.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -162,34 +163,55 @@ def add_replicas(
 ) -> dict[str, Any]:
   """Variables of which each MoE layer holds its replicas, in their order.
 
-  Routing, and the loads that come of it, remain those of the experts.
+  Routing, and the loads that come of it, remain those of the experts.  Replicas
+  lie where their experts lay: devices that divide these divide those.
 
   Args:
     variables: of `weights.unstack`.
-    placement: of `place`, one row per layer of `moe_layers`.
+    placement: of `place`, one row per layer of `moe_layers`; then, if drafts
+      are to be balanced as well, one per MTP module.
 
   Raises:
     ValueError: if it is of another number of layers.
   """
-  layers = variables['params']['moe_layers']
-  if len(layers) != len(placement.experts_LP):
+  params, states = (
+    dict(variables[name]) for name in ('params', 'router_state')
+  )
+  n_main, n_mtp = (len(states.get(name, ())) for name in ('moe_layers', 'mtp'))
+  given = len(placement.experts_LP)
+  if given not in (n_main, n_main + n_mtp):
     raise ValueError(
-      f'placement of {len(placement.experts_LP)} layers for {len(layers)}: use '
-      'the load of the main model'
+      f'placement of {given} layers for {n_main} and {n_mtp} MTP modules: use '
+      'the load of the main model, or of both'
     )
-  params, states = [], []
-  states_L = variables['router_state']['moe_layers']
-  rows = zip(layers, states_L, placement.experts_LP, placement.replicas_LEX)
-  for layer, state, experts_P, replicas_EX in rows:
-    matrices = {name: layer['ffn'][name] for name in _MATRICES}
-    copies = jax.tree.map(lambda w: w[experts_P], matrices)  # noqa: B023
-    params.append({**layer, 'ffn': {**layer['ffn'], **copies}})
-    ffn = {**state['ffn'], 'replicas': jnp.asarray(replicas_EX)}
-    states.append({**state, 'ffn': ffn})
-  return {
-    'params': {**variables['params'], 'moe_layers': params},
-    'router_state': {**variables['router_state'], 'moe_layers': states},
-  }
+  rows = zip(placement.experts_LP, placement.replicas_LEX)
+  for name in ('moe_layers', 'mtp') if given > n_main else ('moe_layers',):
+    pairs = [
+      _replicated(layer, state, *next(rows))
+      for layer, state in zip(params[name], states[name])
+    ]
+    params[name], states[name] = ([pair[i] for pair in pairs] for i in (0, 1))
+  return {'params': params, 'router_state': states}
+
+
+def _replicated(layer, state, experts_P, replicas_EX):
+  """One layer's two collections with its replicas."""
+  if 'block' in layer:  # Of an MTP module.
+    block = _replicated(layer['block'], state['block'], experts_P, replicas_EX)
+    return {**layer, 'block': block[0]}, {**state, 'block': block[1]}
+  matrices = {name: layer['ffn'][name] for name in _MATRICES}
+  copies = jax.tree.map(lambda w: _take(w.sharding)(w, experts_P), matrices)
+  replicas = {'replicas': jnp.asarray(replicas_EX)}
+  return (
+    {**layer, 'ffn': {**layer['ffn'], **copies}},
+    {**state, 'ffn': {**state['ffn'], **replicas}},
+  )
+
+
+@functools.cache
+def _take(sharding):
+  """(x, index) -> x[index], on the devices that divide `x`."""
+  return jax.jit(lambda x, index: x[index], out_shardings=sharding)
 
 
 def imbalance(load_LE: np.ndarray, placement: Placement, n_devices: int):

@@ -16,7 +16,7 @@ import os
 import pathlib
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -195,18 +195,22 @@ class Checkpointer:
 
 
 def load_for_inference(
-  workdir: str | os.PathLike, use_ema: bool = False
+  workdir: str | os.PathLike,
+  use_ema: bool = False,
+  shardings: Callable[[config_lib.Config], Any] | None = None,
 ) -> tuple[config_lib.Config, dict[str, Any], int]:
   """Reads the model of a run, also while it is training, without optimizer.
 
   Args:
     workdir: of the run.
     use_ema: read the averaged parameters (`optim.ema_decay`) instead.
+    shardings: (config) -> those of the two collections; None, also as its
+      result: the default device.
 
   Returns:
     (config, {'params': ..., 'router_state': ...}, step): float32, or what a
-    conversion kept, FP8 weights as `Quantized` leaves; on the default device,
-    for which the config's `parallel` is set.
+    conversion kept, FP8 weights as `Quantized` leaves.  The config's `parallel`
+    is that of one device.
 
   Raises:
     ValueError: if there is no checkpoint, none can be read, or none has an EMA.
@@ -223,16 +227,20 @@ def load_for_inference(
         f'--workdir={workdir}: checkpoint {step} has no EMA, for the run has '
         'optim.ema_decay=0; read its parameters'
       )
-    model = _read_as_saved(manager, step, 'model')
-    if use_ema:
-      model['params'] = _read_as_saved(manager, step, 'ema')
     config = config_lib.from_dict(config_lib.Config, meta['config'])
-    # However many devices trained it, this is one.
+    # However many devices trained it.
     one = config_lib.ParallelConfig()
-    model = quantize.join_scales(model)
-    return dataclasses.replace(config, parallel=one), model
+    config = dataclasses.replace(config, parallel=one)
+    where = shardings(config) if shardings else None
+    model = _read_as_saved(manager, step, 'model', where)
+    if use_ema:
+      own = where and where['params']
+      model['params'] = _read_as_saved(manager, step, 'ema', own)
+    return config, quantize.join_scales(model)
 
-  with _manager(workdir, read_only=True) as manager:
+  # Said in full: orbax warns of what `read_only` implies.
+  options = {'read_only': True, 'create': False, 'save_interval_steps': 0}
+  with _manager(workdir, **options) as manager:
     step, (config, model) = _newest_readable(manager, read)
   return config, model, step
 
@@ -291,11 +299,22 @@ def _try_to_read(manager, read, step):
     return None, f'{type(error).__name__}: {line}'
 
 
-def _read_as_saved(manager, step, item):
-  """The tree of an item with its own structure, on the default device."""
+def _read_as_saved(manager, step, item, shardings):
+  """The tree of an item with its own structure."""
   import orbax.checkpoint as ocp
 
   like = _abstract(manager.item_metadata(step)[item].tree)
+  if shardings and 'scales' in like:
+    raise ConfigMismatch(
+      f'{manager.directory}: FP8 weights of a conversion are for one device; '
+      'convert with --dtype=bf16 to divide the model'
+    )
+  if shardings:
+    like = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      like,
+      shardings,
+    )
   args = ocp.args.Composite(**{item: ocp.args.StandardRestore(like)})
   return manager.restore(step, args=args)[item]
 

@@ -11,6 +11,7 @@ for norms.  What crosses devices, per step:
 - otherwise gradients are summed once, after the last micro-batch (`reduce`).
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -180,13 +181,19 @@ class Layout:
 
     return jax.tree.map(put, batch)
 
-  def on_one_device(self, tree: Any) -> Any:
-    """A copy of stored arrays, whole, on this process's first device.
+  def for_inference(self, params: Any) -> Any:
+    """Stored parameters in the compute dtype, divided as during a step.
 
-    Every process must call it.  For inference, of what fits there.
+    Those of a pipeline stay divided by its stages, too.
     """
-    whole = jax.jit(lambda x: x, out_shardings=self.replicated)
-    return jax.tree.map(lambda x: whole(x).addressable_data(0), tree)
+    has_stages = self.mesh.shape['stage'] > 1
+    specs = self.stored if has_stages else self.step
+
+    def cast(params):
+      return jax.tree.map(lambda x, d: x.astype(d), params, self.dtypes)
+
+    places = jax.tree.map(lambda s: NamedSharding(self.mesh, s), specs)
+    return jax.jit(cast, out_shardings=places)(params)
 
   def _n_batch_shards(self) -> int:
     return int(np.prod([self.mesh.shape[axis] for axis in self.batch_axes]))
@@ -194,6 +201,11 @@ class Layout:
   def _processes(self) -> int:
     """Into how many shares processes divide a batch."""
     return self.share(self._n_batch_shards())[1]
+
+
+def ambient(layout: Layout | None) -> contextlib.AbstractContextManager:
+  """Within it, inference is divided over the layout's devices."""
+  return jax.set_mesh(layout.mesh) if layout else contextlib.nullcontext()
 
 
 def make(

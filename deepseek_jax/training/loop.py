@@ -36,7 +36,7 @@ MakeEvaluate = Callable[
   [Any, config_lib.Config, pipeline.Corpus, layout_lib.Layout | None],
   Callable[[state_lib.TrainState], dict[str, float]],
 ]
-# (workdir, model, variables, corpus, config, step): writes workdir/samples.
+# (workdir, model, variables, corpus, config, step, layout): workdir/samples.
 WriteSamples = Callable[..., None]
 
 
@@ -60,7 +60,7 @@ def train(
     base: the preset of which `config` is a variation, to show what differs.
     make_evaluate: validation; evaluation lies above training, which therefore
       is given it.  `evaluation.run.train` is this function with both.
-    write_samples: generation, at the end.
+    write_samples: generation, at the end, by all processes together.
 
   Raises:
     ValueError: bad data settings; another run in `workdir`, or another model.
@@ -115,9 +115,9 @@ def train(
       name = signal.Signals(stop).name
       say(f'{name}: step {done} is saved; the same command goes on there')
       raise SystemExit(128 + stop)
-    variables = _on_one_device(state, layout)
+    variables = _for_inference(state, layout)
+    write_samples(workdir, model, variables, corpus, config, done, layout)
     if process.is_first():
-      write_samples(workdir, model, variables, corpus, config, done)
       plots.draw(workdir)
     _say_goodbye(workdir, done)
 
@@ -165,10 +165,9 @@ def _announce(config, workdir, base, model, layout):
     say(f'one device is used; --parallel.data={len(devices)} uses all')
 
 
-def _on_one_device(state, layout):
-  """The model, for generation on this process's first device."""
-  variables = {'params': state.params, 'router_state': state.router_state}
-  return variables if layout is None else layout.on_one_device(variables)
+def _for_inference(state, layout):
+  params = layout.for_inference(state.params) if layout else state.params
+  return {'params': params, 'router_state': state.router_state}
 
 
 def _init_or_restore(model, tx, config, saver, layout):

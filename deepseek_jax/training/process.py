@@ -5,6 +5,7 @@ import ctypes
 import os
 import pathlib
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 
@@ -17,7 +18,9 @@ from deepseek_jax import config as config_lib
 
 # A process that is not heard of for so long is lost, and the others end.
 _HEARTBEAT_SECONDS = 20
-# The first process writes samples and plots while the others wait to leave.
+# After so long it is said for whom a process waits.
+_PATIENCE_SECONDS = 15
+# The first process draws plots while the others wait to leave.
 _SHUTDOWN_SECONDS = 3600
 
 # Parameters of mallopt(3): its number, and the value that keeps memory.
@@ -39,6 +42,9 @@ def join(config: config_lib.ParallelConfig) -> None:
     _use_cpu_devices(config.cpu_devices)
   if config.num_processes == 1 or jax.distributed.is_initialized():
     return
+  # JAX waits in silence, and aborts after five minutes.
+  patience = threading.Timer(_PATIENCE_SECONDS, _say_who_is_missed, [config])
+  patience.start()
   try:
     jax.distributed.initialize(
       config.coordinator or None,
@@ -53,6 +59,19 @@ def join(config: config_lib.ParallelConfig) -> None:
       '--parallel.coordinator=host:port and --parallel.process_id, or start '
       'with srun, mpirun or python -m experiments.launch'
     ) from error
+  finally:
+    patience.cancel()
+
+
+def _say_who_is_missed(config):
+  count = config.num_processes or 'all'
+  where = config.coordinator or "the cluster's address"
+  print(
+    f'waiting for {count} processes to come to {where}: each needs the same '
+    '--parallel.coordinator, and a --parallel.process_id of its own',
+    file=sys.stderr,
+    flush=True,
+  )
 
 
 def _use_cpu_devices(count):
