@@ -11,7 +11,7 @@ from absl.testing import absltest, parameterized
 from deepseek_jax import config as config_lib
 from deepseek_jax import presets
 from deepseek_jax.layers import stack
-from deepseek_jax.ops import fp8_linear, fp8_recipe
+from deepseek_jax.ops import fp8_experts, fp8_linear, fp8_recipe
 from deepseek_jax.parallel import split_backward
 from deepseek_jax.training import step as step_lib
 from tests import tolerances
@@ -78,7 +78,7 @@ def _whole(function, params, state, x, aux, dy):
 
 
 @functools.cache
-def _layer(policy, dtype):
+def _layer(policy, dtype, fp8=False):
   """(function of an MoE layer with MLA, its arguments, dy)."""
   config = config_lib.replace(
     presets.tiny(),
@@ -86,6 +86,7 @@ def _layer(policy, dtype):
       'model.n_layers': 2,
       'model.n_mtp_layers': 0,
       'precision.compute_dtype': dtype,
+      'precision.fp8.enabled': fp8,
     },
   )
   model = step_lib.build_model(config)
@@ -174,11 +175,14 @@ class PlainTest(parameterized.TestCase):
 
 class LayerTest(parameterized.TestCase):
   @parameterized.parameters(
-    ('none', 'float32'), ('selective', 'float32'), ('full', 'bfloat16')
+    ('none', 'float32'),
+    ('selective', 'float32'),
+    ('full', 'bfloat16'),
+    ('selective', 'bfloat16', True),
   )
   @pytest.mark.slow
-  def test_mla_and_moe(self, policy, dtype):
-    function, args, dy = _layer(policy, dtype)
+  def test_mla_and_moe(self, policy, dtype, fp8=False):
+    function, args, dy = _layer(policy, dtype, fp8)
     split = split_backward.split(function, *args)
     flops = _part_flops(split, *args, dy)
     whole = functools.partial(_whole, function)
@@ -188,9 +192,22 @@ class LayerTest(parameterized.TestCase):
       jax.jit(whole)(*args, dy),
       tolerances.FLOAT32_MATH,
     )
-    total = sum(flops.values())
+    total = sum(flops.values()) + _flops(split.prepare, *args[:2])
     self.assertLess(total, 1.02 * _flops(whole, *args, dy))
-    self.assertGreater(flops['weight'], 0.2 * total)
+    # Quantisation, at these sizes much of the work, does not wait.
+    self.assertGreater(flops['weight'], (0.15 if fp8 else 0.2) * total)
+
+  @pytest.mark.slow
+  def test_what_waits_for_a_weight_gradient_is_codes(self):
+    """In FP8; in more bits only what the gate and the experts' loop take."""
+    function, args, _ = _layer('selective', 'bfloat16', fp8=True)
+    split, config = split_backward.split(function, *args), presets.tiny().model
+    least = _B * _T * config.mla.kv_lora_rank
+    wide = [s for s in split.cut if s.dtype.itemsize > 1 and s.size >= least]
+    rows = _B * _T * config.moe.n_activated_experts + fp8_experts.BLOCK
+    expert_rows = (rows, config.moe.moe_inter_dim), 'bfloat16'
+    expected = [((_B, _T, config.dim), 'bfloat16'), expert_rows, expert_rows]
+    self.assertCountEqual([(s.shape, s.dtype.name) for s in wide], expected)
 
   def test_casts_are_prepared_once(self):
     function, args, _ = _layer('full', 'bfloat16')

@@ -28,6 +28,13 @@ _INLINED = (
 _BODIES = ('jaxpr', 'call_jaxpr', 'fun_jaxpr')
 # Operations that only look at their operand in another way.
 _VIEWS = ('broadcast_in_dim', 'reshape', 'squeeze', 'transpose')
+# Cheap enough to be done again where that leaves fewer bytes to keep.
+_REPEATED = (*_VIEWS, 'convert_element_type')
+# What a gradient of weights consists of, whose time is to come later.
+_PRODUCTS = (
+  'dot_general', 'ragged_dot', 'ragged_dot_general', 'while', 'scan', 'cond',
+  'scatter-add',
+)  # fmt: skip
 
 
 class _Var:
@@ -267,13 +274,11 @@ class _Splitter:
     # The gradient of a vector, a sum over tokens, is smaller than what it is
     # made of: it does not wait.
     vectors = [d for d in self._dparams if d.aval.ndim < 2]
-    backward = _needed(equations, self._dx + vectors, given)
-    done = {v for e in backward for v in e.outputs if v in moving}
-    done |= set(self._dy)
-    rest = _needed(equations, self._dparams, given | done)
-    cut = _unique(
-      v for v in [v for e in rest for v in e.reads] + self._dparams if v in done
-    )
+    first = _needed(equations, self._dx + vectors, given)
+    done = {v for e in first for v in e.outputs if v in moving}
+    cut = self._cut(given, done, moving)
+    backward = _needed(equations, self._dx + cut, given)
+    rest = _needed(equations, self._dparams, given | set(cut))
     reads = [v for e in backward + rest for v in e.reads]
     residuals = _unique(
       v for v in [*reads, *self._dx, *self._dparams] if v in kept
@@ -299,13 +304,11 @@ class _Splitter:
     origin = {v: frozenset([v]) for v in inputs}
     origin |= {v: frozenset() for v in self._constants}
     for e in self._equations:
-      if not all(v in origin for v in e.reads):
-        continue
-      sources = frozenset().union(*(origin[v] for v in e.reads))
-      saved = sum(map(_bytes, sources)) - sum(map(_bytes, e.outputs))
-      is_kept = saved > 0 or saved == 0 and _is_computed(e)
-      for v in e.outputs:
-        origin[v] = frozenset([v]) if sources and is_kept else sources
+      if all(v in origin for v in e.reads):
+        sources, saved = _sources(e, origin)
+        is_kept = saved > 0 or saved == 0 and _is_computed(e)
+        for v in e.outputs:
+          origin[v] = frozenset([v]) if sources and is_kept else sources
     static = set(origin)
     used = _unique(
       v
@@ -315,6 +318,41 @@ class _Splitter:
     )
     kept = _unique(o for v in used if v in static for o in origin[v])
     return sorted((v for v in kept if v not in inputs), key=list(origin).index)
+
+  def _cut(self, given, done, moving) -> list[_Var]:
+    """What the first part leaves to the second: as few bytes as can be.
+
+    Codes and scales, for instance, in place of what is quantised for a weight's
+    gradient alone.  Only what makes fewer bytes is done ahead of its time, and
+    no product.
+
+    Args:
+      given: at hand in both parts.
+      done: what the first part computes in any case.
+      moving: everything that depends on the micro-batch.
+    """
+    origin = {v: frozenset([v]) for v in self._dy}
+    ahead, products = {}, set()
+    for e in self._equations:
+      if given.issuperset(e.outputs) or moving.isdisjoint(e.outputs):
+        continue
+      sources, saved = _sources(e, origin)
+      if done.issuperset(e.outputs):
+        is_kept = saved > 0 or e.eqn.primitive.name not in _REPEATED
+      elif _is_product(e) or not products.isdisjoint(e.reads):
+        products.update(e.outputs)
+        is_kept = False
+      else:
+        is_kept = saved > 0
+      for v in e.outputs:
+        origin[v] = frozenset([v]) if is_kept else sources
+        if is_kept and v not in done:
+          ahead[v] = sources
+    cut = set().union(*(origin.get(v, ()) for v in self._dparams))
+    for v, sources in ahead.items():
+      if sources <= cut:  # They are kept anyway: this can wait.
+        cut.discard(v)
+    return sorted(cut, key=list(origin).index)
 
   def _program(self, equations, outputs):
     return _Program(equations, self._constants, outputs)
@@ -371,6 +409,20 @@ def _bindings(variables, tree):
   leaves = jax.tree.leaves(tree)
   assert len(leaves) == len(variables), (len(leaves), len(variables))
   return dict(zip(variables, leaves))
+
+
+def _sources(equation, origin):
+  """What an equation's outputs are made of, and its bytes less theirs."""
+  sources = frozenset().union(*(origin.get(v, ()) for v in equation.reads))
+  saved = sum(map(_bytes, sources)) - sum(map(_bytes, equation.outputs))
+  return sources, saved
+
+
+def _is_product(equation):
+  """Whether it is work that is to wait: no elementwise step to codes."""
+  is_narrow = any(v.aval.dtype.itemsize == 1 for v in equation.outputs)
+  name = equation.eqn.primitive.name
+  return name in _PRODUCTS or name == 'pallas_call' and not is_narrow
 
 
 def _is_computed(equation):
