@@ -58,7 +58,7 @@ def _head(params, state, x, micro, scale):
 _PROGRAM = pipeline.Program(_embed, {'thin': _thin, 'wide': _wide}, _head)
 
 
-def _problem(n_thin, n_wide, microbatches, rows):
+def _problem(n_thin, n_wide, microbatches, rows, length=_T, width=2 * _D):
   rng = np.random.default_rng(0)
 
   def normal(*shape):
@@ -67,14 +67,14 @@ def _problem(n_thin, n_wide, microbatches, rows):
   params = {
     'thin': {'w': normal(n_thin, _D, _D), 'scale': normal(n_thin, _D)},
     'wide': {
-      'w1': normal(n_wide, _D, 2 * _D),
-      'w2': normal(n_wide, 2 * _D, _D),
+      'w1': normal(n_wide, _D, width),
+      'w2': normal(n_wide, width, _D),
     },
     'embed': normal(_V, _D),
     'head': normal(_V, _D),
   }
-  state = {'wide': {'bias': normal(n_wide, 2 * _D)}, 'offset': normal(_V)}
-  tokens = rng.integers(_V, size=(microbatches, rows, _T + 1))
+  state = {'wide': {'bias': normal(n_wide, width)}, 'offset': normal(_V)}
+  tokens = rng.integers(_V, size=(microbatches, rows, length + 1))
   return params, state, {'tokens': tokens.astype(np.int32)}
 
 
@@ -120,6 +120,8 @@ class _Case:
   n_wide: int = 3
   sizes: tuple[int, ...] | None = None
   data: int = 1
+  length: int = _T
+  width: int = 2 * _D
 
   def make(self):
     """(function of the pipeline, its arguments)."""
@@ -132,7 +134,12 @@ class _Case:
     devices = jax.devices()[: config.n_devices]
     grid = mesh.build(config, devices)
     problem = _problem(
-      self.n_thin, self.n_wide, self.microbatches, _ROWS * self.data
+      self.n_thin,
+      self.n_wide,
+      self.microbatches,
+      _ROWS * self.data,
+      self.length,
+      self.width,
     )
     stored = {
       key: jax.tree.map(
@@ -205,6 +212,10 @@ def _vocabulary_products(jaxpr, is_branch=False):
   return counts
 
 
+def _bytes(shape):
+  return shape.size * shape.dtype.itemsize
+
+
 class MemoryTest(parameterized.TestCase):
   def _temporary(self, case):
     run, args = case.make()
@@ -214,15 +225,15 @@ class MemoryTest(parameterized.TestCase):
     peak = max(simulate.peak_activations(schedule, r) for r in ranks)
     return compiled.memory_analysis().temp_size_in_bytes, peak
 
-  def _residuals(self, kind):
-    params, state, batch = _problem(1, 1, 1, _ROWS)
+  def _split(self, kind, *sizes):
+    params, state, batch = _problem(1, 1, 1, _ROWS, *sizes)
     one = jax.tree.map(lambda a: a[0], (params[kind], state.get(kind, {})))
     micro = {'tokens': batch['tokens'][0]}
-    x = jnp.zeros((_ROWS, _T, _D))
-    split = split_backward.split(
-      _PROGRAM.layers[kind], *one, x, (micro, _SCALE)
-    )
-    return [s.shape for s in split.residuals]
+    x = jax.eval_shape(_embed, params['embed'], micro)
+    return split_backward.split(_PROGRAM.layers[kind], *one, x, (micro, _SCALE))
+
+  def _residuals(self, kind):
+    return [s.shape for s in self._split(kind).residuals]
 
   def test_activations_are_the_simulators_peak(self):
     """GPipe holds all micro-batches, 1F1B as many as there are stages."""
@@ -244,6 +255,38 @@ class MemoryTest(parameterized.TestCase):
     )
     self.assertEqual(few[1], many[1])
     self.assertLess(many[0] - few[0], slot)
+
+  @parameterized.parameters(
+    ('gpipe', 10), ('1f1b', 10), ('interleaved', 8),
+    ('zb_h1', 10), ('dualpipe', 10), ('dualpipe_v', 10),
+  )  # fmt: skip
+  def test_every_schedule_holds_its_peak(self, name, microbatches):
+    """A layer made wider takes more memory once for each activation held.
+
+    Besides these there are what a forward gives, what a backward reads, and
+    what input gradients leave to weight gradients.
+    """
+    ranks, length, widths = 4, 64, (128, 1024)
+    table = ticks.build(schedules.make(name, ranks, microbatches))
+    more, held, left = [], [], []
+    for width in widths:
+      split = self._split('wide', length, width)
+      held.append(sum(map(_bytes, split.residuals)))
+      left.append(sum(map(_bytes, split.cut)))
+      case = _Case(
+        name,
+        ranks,
+        microbatches,
+        n_thin=0,
+        n_wide=table.schedule.stages,
+        length=length,
+        width=width,
+      )
+      temporary, peak = self._temporary(case)
+      more.append(temporary)
+    grown, one, cut = (b - a for a, b in (more, held, left))
+    measured = (grown - table.cut_slots * cut) / one
+    self.assertBetween(measured, peak + 2, peak + 3.5)
 
 
 def _sent(params, state, x, aux):
