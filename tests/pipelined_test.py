@@ -35,11 +35,30 @@ _SMALL = {
   'data.seq_len': 16,
   'data.batch_size': 16,
   'optim.alpha': '0.01',
+  'optim.clip_norm': 0.1,
   'train.remat': 'selective',
   'precision.compute_dtype': 'float32',
   'precision.mu_dtype': 'float32',
   'precision.nu_dtype': 'float32',
 }
+
+
+# Updates of cases.
+_ZERO1 = (('parallel.data', 2), ('parallel.zero1', True))
+_NODES = (
+  ('parallel.node', 2),
+  ('parallel.expert', 2),
+  ('parallel.microbatches', 4),
+)
+_TWO_LAYERS = (('model.n_layers', 2), ('model.n_dense_layers', 0))
+# Tiles along the tokens end where sequences do.
+_FP8 = (
+  *_TWO_LAYERS,
+  ('data.seq_len', 128),
+  ('data.batch_size', 8),
+  ('parallel.microbatches', 4),
+  ('precision.fp8.enabled', True),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +69,17 @@ class _Case:
 
   @property
   def alone(self):
-    """The updates that also hold on one device."""
-    return tuple(u for u in self.updates if not u[0].startswith('parallel.'))
+    """The updates that also hold on one device.
+
+    Micro-batches make no difference but to FP8, whose tiles lie in them.
+    """
+    is_fp8 = 'precision.fp8.enabled' in dict(self.updates)
+    kept = ('parallel.microbatches',) if is_fp8 else ()
+    return tuple(
+      (name, value)
+      for name, value in self.updates
+      if name in kept or not name.startswith('parallel.')
+    )
 
   @property
   def config(self):
@@ -68,15 +96,17 @@ class _Case:
 
 
 def _batch(config, step):
-  """[8, 2, T + 1]: two documents a row, and padding at some ends."""
+  """[M, b, T + 1]: two documents a row, and padding at some ends."""
   rng = np.random.default_rng(step)
-  shape = 8, config.data.batch_size // 8, config.data.seq_len + 1
+  shape = config.data.batch_size, config.data.seq_len + 1
   tokens = rng.integers(1, config.model.vocab_size, shape).astype(np.int32)
   segments = (
-    1 + (np.arange(shape[2]) > 9).astype(np.int32) + np.zeros_like(tokens)
+    1 + (np.arange(shape[1]) > 9).astype(np.int32) + np.zeros_like(tokens)
   )
-  segments[::3, 0, -4:] = 0
-  return {'tokens': tokens * (segments > 0), 'segments': segments}
+  segments[::6, -4:] = 0
+  batch = {'tokens': tokens * (segments > 0), 'segments': segments}
+  cut = config.parallel.microbatches, -1, shape[1]
+  return jax.tree.map(lambda x: x.reshape(cut), batch)
 
 
 def _layout(model, config):
@@ -112,30 +142,32 @@ def _updates(updates):
   return update
 
 
-def _train(case):
-  """(gradients, report) of every step, and the state after the last."""
+def _train(case, before=None):
+  """Of every step: (gradients, report) and (params, opt_state, router_state).
+
+  Each step begins where the one before ended, or with those of `before`.
+  """
   config, model, layout, _, state, put = _setup(case)
   schedule = training_schedules.Schedule(config)
   gradients = jax.jit(
     step_lib.make_gradients(model, config, step_lib.pretrain_loss, layout)
   )
   update = _updates(case.alone)
-  own = jax.tree.map(
-    np.asarray, (state.params, state.opt_state, state.router_state)
-  )
+  own = state.params, state.opt_state, state.router_state
   results = []
   for step in range(_STEPS):
+    if before and step:
+      own = before[step - 1][1]
+    params, opt_state, router_state = jax.tree.map(np.asarray, own)
     batch, hyper = put(_batch(config, step)), schedule.at(step)
-    params, router_state = own[0], own[2]
-    if layout:
-      params = jax.device_put(params, layout.params())
     totals = step_lib.batch_totals(batch, config)
-    grads, report = gradients(params, router_state, batch, hyper, totals)
-    results.append(jax.tree.map(np.asarray, (grads, report)))
-    grads, report = results[-1]
-    own = update(*own, grads, report['stats'], hyper)
-    own = jax.tree.map(np.asarray, own)
-  return results, own
+    placed = jax.device_put(params, layout.params()) if layout else params
+    out = gradients(placed, router_state, batch, hyper, totals)
+    grads, report = jax.tree.map(np.asarray, out)
+    stats = report['stats']
+    own = update(params, opt_state, router_state, grads, stats, hyper)
+    results.append(((grads, report), jax.tree.map(np.asarray, own)))
+  return results
 
 
 @functools.cache
@@ -147,28 +179,45 @@ class GradientsTest(parameterized.TestCase):
   """Three steps by hand, for what a compiled step costs to compile."""
 
   @parameterized.parameters(
-    _Case('gpipe', 2),
-    _Case('interleaved', 2),
+    _Case('gpipe', 2, (('parallel.fsdp', 2),)),
+    _Case('interleaved', 2, _ZERO1),
     _Case('zb_h1', 4),
-    _Case('dualpipe', 4),
+    _Case('dualpipe', 4, (('parallel.stage_layers', '0,2,1,1'),)),
     _Case('dualpipe_v', 2, (('parallel.stage_layers', '1,2,0,1'),)),
     _Case('1f1b', 2, (('parallel.expert', 2),)),
-    _Case('dualpipe', 2, (('parallel.node', 2),)),
+    _Case('dualpipe', 2, _NODES),
   )
   @pytest.mark.slow
   def test_equal_one_device(self, case):
-    results, own = _train(case)
-    expected, expected_own = _one_device(case.alone)
-    rung = tolerances.DEEP_MODEL
-    for i in range(_STEPS):
-      (grads, report), (grads_1, report_1) = results[i], expected[i]
-      tolerances.assert_close(grads, grads_1, rung, f'step {i}')
-      tolerances.assert_close(report, report_1, rung, f'step {i}')
-      for name, stats in report_1['stats'].items():
-        counts = report['stats'][name].counts_E
+    self._assert_equal(case, tolerances.DEEP_MODEL)
+
+  @pytest.mark.slow
+  def test_bfloat16(self):
+    updates = (*_TWO_LAYERS, ('precision.compute_dtype', 'bfloat16'))
+    case = _Case('dualpipe', 2, updates)
+    self._assert_equal(case, tolerances.BFLOAT16, is_rounded=True)
+
+  @parameterized.parameters(
+    _Case('zb_h1', 2, (*_FP8, ('parallel.expert', 2))),
+    _Case('dualpipe', 2, _FP8),
+    _Case('dualpipe_v', 2, _FP8),
+  )
+  @pytest.mark.slow
+  def test_fp8(self, case):
+    """The tiles of a micro-batch are those of one device, and so the codes."""
+    self._assert_equal(case, tolerances.FP8_REORDERED, is_rounded=True)
+
+  def _assert_equal(self, case, rung, is_rounded=False):
+    """Rounding to few bits makes steps diverge: they begin with the same."""
+    expected = _one_device(case.alone)
+    results = _train(case, expected if is_rounded else None)
+    for step, (actual, wanted) in enumerate(zip(results, expected)):
+      tolerances.assert_close(actual[0], wanted[0], rung, f'step {step}')
+      for name, stats in wanted[0][1]['stats'].items():
+        counts = actual[0][1]['stats'][name].counts_E
         np.testing.assert_array_equal(counts, stats.counts_E)
-    tolerances.assert_close(own[0], expected_own[0], rung)
-    tolerances.assert_close(own[2], expected_own[2], rung)
+      for i in (0, 2):  # Parameters and biases.
+        tolerances.assert_close(actual[1][i], wanted[1][i], rung, f'{step}')
 
 
 class StepTest(parameterized.TestCase):
