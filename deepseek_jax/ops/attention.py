@@ -57,20 +57,29 @@ def _blocks(length: int) -> list[tuple[int, int]]:
   return [(i, min(i + size, length)) for i in range(0, length, size)]
 
 
-def _block_scores(q, k, scale, segments, start, end):
+def _block_scores(q_rows, k, scale, segments, start, end):
   """Masked float32 scores of queries [start, end) against keys [0, end).
 
   Heads come before positions here: [B, N, T, H].
   """
   scores = jnp.einsum(
     'BNTH,BNSH->BNTS',
-    q[:, :, start:end],
+    q_rows,
     k[:, :, :end],
     preferred_element_type=jnp.float32,
   )
   if segments is None:
     return _mask(scores * scale, start, None, None)
   return _mask(scores * scale, start, segments[:, start:end], segments[:, :end])
+
+
+def _in_turn(blocks, *arrays):
+  """The arrays, none of which is read before all are there.
+
+  A GPU's scheduler would else make the scores of all blocks first, and hold
+  them.  Where there are two, the slices so copied take more than is saved.
+  """
+  return jax.lax.optimization_barrier(arrays) if len(blocks) > 2 else arrays
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 5))
@@ -81,8 +90,10 @@ def _attend(q, k, v, scale, segments, keep):
 
 def _attend_fwd(q, k, v, scale, segments, keep):
   outs, lses = [], []
-  for start, end in _blocks(q.shape[2]):
-    scores = _block_scores(q, k, scale, segments, start, end)
+  blocks = _blocks(q.shape[2])
+  for start, end in blocks:
+    q_rows, *outs[-1:] = _in_turn(blocks, q[:, :, start:end], *outs[-1:])
+    scores = _block_scores(q_rows, k, scale, segments, start, end)
     top = scores.max(-1, keepdims=True)
     unnormalised = jnp.exp(scores - top)
     total = unnormalised.sum(-1, keepdims=True)
@@ -130,18 +141,20 @@ def _attend_bwd(scale, keep, residuals, cotangents):
   dk = jnp.zeros(k.shape, jnp.float32)
   dv = jnp.zeros(v.shape, jnp.float32)
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  for start, end in _blocks(q.shape[2]):
+  blocks = _blocks(q.shape[2])
+  for start, end in blocks:
     rows = slice(start, end)
-    scores = _block_scores(q, k, scale, segments, start, end)
+    q_rows, dout_rows, dk, dv, *dqs[-1:] = _in_turn(
+      blocks, q[:, :, rows], dout[:, :, rows], dk, dv, *dqs[-1:]
+    )
+    scores = _block_scores(q_rows, k, scale, segments, start, end)
     probs = jnp.exp(scores - lse[:, :, rows])
-    dprobs = product('BNTU,BNSU->BNTS', dout[:, :, rows], v[:, :, :end])
+    dprobs = product('BNTU,BNSU->BNTS', dout_rows, v[:, :, :end])
     dscores = (probs * (dprobs - delta[:, :, rows]) * scale).astype(q.dtype)
     dqs.append(product('BNTS,BNSH->BNTH', dscores, k[:, :, :end]))
-    dk = dk.at[:, :, :end].add(
-      product('BNTS,BNTH->BNSH', dscores, q[:, :, rows])
-    )
+    dk = dk.at[:, :, :end].add(product('BNTS,BNTH->BNSH', dscores, q_rows))
     dv = dv.at[:, :, :end].add(
-      product('BNTS,BNTU->BNSU', probs.astype(v.dtype), dout[:, :, rows])
+      product('BNTS,BNTU->BNSU', probs.astype(v.dtype), dout_rows)
     )
   dq = jnp.concatenate(dqs, 2).astype(q.dtype)
   return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
