@@ -3,6 +3,7 @@
     python -m experiments.bench                       # bench_cpu
     python -m experiments.bench --suite=decode        # prefill and generation
     python -m experiments.bench --suite=remat         # recomputation policies
+    python -m experiments.bench --suite=saved         # kept for backward, FP8
     python -m experiments.bench --suite=parallel --preset=quickstart
     python -m experiments.bench --suite=pipeline --preset=tiny
     python -m experiments.bench --suite=gpu           # bench_gpu, BF16 and FP8
@@ -28,7 +29,7 @@ from experiments import bench_gpu, bench_pipeline, bench_worker
 _SUITE = absl_flags.DEFINE_enum(
   'suite',
   'train',
-  ['train', 'decode', 'remat', 'parallel', 'pipeline', 'gpu'],
+  ['train', 'decode', 'remat', 'saved', 'parallel', 'pipeline', 'gpu'],
   'What is compared.',
 )
 _ROUNDS = absl_flags.DEFINE_integer(
@@ -45,6 +46,7 @@ _AGAINST = absl_flags.DEFINE_list(
 flags.define(default_preset='bench_cpu')
 
 OURS = 'deepseek_jax'
+_PRESETS = {'gpu': 'bench_gpu', 'saved': 'deepseek_v3'}  # Of these suites.
 _CACHES = ('dynamic', 'static')  # Of transformers.
 
 
@@ -233,11 +235,17 @@ def _gpu_table(options: dict, config: config_lib.Config) -> str:
 
 def main() -> None:
   """Runs the suite on the command line's config and prints its table."""
-  if _SUITE.value == 'gpu' and not absl_flags.FLAGS['preset'].present:
-    absl_flags.FLAGS.preset = 'bench_gpu'
+  if not absl_flags.FLAGS['preset'].present:
+    preset = _PRESETS.get(_SUITE.value, absl_flags.FLAGS.preset)
+    absl_flags.FLAGS.preset = preset
   config, _ = flags.resolve()
   if _SUITE.value == 'remat':
     print(_remat_table(config))
+    return
+  if _SUITE.value == 'saved':
+    from experiments import bench_saved
+
+    print(bench_saved.table(config))
     return
   if _SUITE.value == 'parallel':
     from experiments import bench_parallel
