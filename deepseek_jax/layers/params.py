@@ -1,5 +1,6 @@
 """How a parameter is declared, and how all of them get their first values."""
 
+import functools
 import zlib
 from collections.abc import Callable
 from concurrent import futures
@@ -66,40 +67,48 @@ def materialise(abstract: Any, seed: int, shardings: Any = None) -> Any:
     The tree of arrays, unboxed.
   """
 
-  def make(path, leaf, sharding):
+  def begin(path, leaf, sharding):
     if not isinstance(leaf, Parameter):
-      return constant(leaf, 0, sharding)
+      return functools.partial(constant, leaf, 0, sharding)
     if not leaf.std:
-      return constant(leaf.value, 1, sharding)
+      return functools.partial(constant, leaf.value, 1, sharding)
     stacked = sum(name in ('layers', 'experts') for name in leaf.names)
     name = zlib.crc32(jax.tree_util.keystr(path).encode())
     return _draw(leaf, stacked, (seed, name), sharding, pool)
 
+  leaves, tree = jax.tree_util.tree_flatten_with_path(
+    abstract, is_leaf=lambda x: isinstance(x, Parameter)
+  )
   if shardings is None:
-    shardings = jax.tree.map(
-      lambda _: None, abstract, is_leaf=lambda x: isinstance(x, Parameter)
-    )
+    placed = [None] * len(leaves)
+  else:
+    placed = tree.flatten_up_to(shardings)
   with futures.ThreadPoolExecutor() as pool:
-    return jax.tree_util.tree_map_with_path(
-      make,
-      abstract,
-      shardings,
-      is_leaf=lambda x: isinstance(x, Parameter),
-    )
+    # Threads draw the next ones while this one hands the first to JAX.
+    begun = [begin(*leaf, where) for leaf, where in zip(leaves, placed)]
+    begun.reverse()
+    return tree.unflatten([begun.pop()() for _ in leaves])
 
 
 def constant(
   like: Any, value: float, sharding: jax.sharding.Sharding | None
 ) -> jax.Array:
   """A filled array of the shape and dtype of `like`."""
-  if sharding is None:
-    return jnp.asarray(np.full(like.shape, value, like.dtype))
-  local = np.full(sharding.shard_shape(like.shape), value, like.dtype)
+  whole = sharding is None
+  shape = like.shape if whole else sharding.shard_shape(like.shape)
+  local = np.zeros(shape, like.dtype)  # Memory that nothing has to write to.
+  if value:
+    local.fill(value)
+  if whole:
+    return jnp.asarray(local)
   return jax.make_array_from_callback(like.shape, sharding, lambda _: local)
 
 
 def _draw(box, stacked, seed, sharding, pool):
-  """One parameter: its matrices, or those of which a device here has a part."""
+  """Begins a parameter's matrices, or those of which a device here has a part.
+
+  The result waits for them and gives the array.
+  """
   shape = box.value.shape
   needed = np.full(shape[:stacked], sharding is None)
   if sharding is not None:
@@ -113,12 +122,16 @@ def _draw(box, stacked, seed, sharding, pool):
     rng.standard_normal(out=drawn[row], dtype=np.float32)
     drawn[row] *= box.std
 
-  list(pool.map(fill, range(len(ids))))  # NumPy draws without the GIL.
-  if sharding is None:
-    return jnp.asarray(drawn.reshape(shape))
+  filled = pool.map(fill, range(len(ids)))  # NumPy draws without the GIL.
   row_of = (np.cumsum(needed) - 1).reshape(needed.shape)
 
   def part(index):
     return drawn[(row_of[index[:stacked]], *index[stacked:])]
 
-  return jax.make_array_from_callback(shape, sharding, part)
+  def finish():
+    list(filled)
+    if sharding is None:
+      return jnp.asarray(drawn.reshape(shape))
+    return jax.make_array_from_callback(shape, sharding, part)
+
+  return finish

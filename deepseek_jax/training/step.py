@@ -74,7 +74,11 @@ def abstract_state(
   layout: Layout | None = None,
 ) -> TrainState:
   """The shapes, dtypes and shardings of `init_state`."""
-  variables = nn.meta.unbox(declare(model))
+  return _abstract_state(declare(model), tx, layout)
+
+
+def _abstract_state(declared, tx, layout):
+  variables = nn.meta.unbox(declared)
   opt_state = jax.eval_shape(tx.init, variables['params'])
   state = TrainState(
     step=jax.ShapeDtypeStruct((), jnp.int32), opt_state=opt_state, **variables
@@ -95,10 +99,11 @@ def init_state(
   layout: Layout | None = None,
 ) -> TrainState:
   """The state before the first step."""
-  like = abstract_state(model, tx, layout)
+  declared = declare(model)  # Once, for it takes a second.
+  like = _abstract_state(declared, tx, layout)
   shardings = jax.tree.map(lambda x: x.sharding, like)
   placed = {'params': shardings.params, 'router_state': shardings.router_state}
-  variables = init_variables(model, seed, placed if layout else None)
+  variables = params_lib.materialise(declared, seed, placed if layout else None)
   # All else is zeros; to compile AdamW's `init` costs more than they do.
   rest = like.replace(params=None, router_state=None)
   zeros = jax.tree.map(lambda x: params_lib.constant(x, 0, x.sharding), rest)
