@@ -2,30 +2,37 @@
 
 DeepSeek-V3 appendix B.1: the loss of FP8, averaged exponentially with 0.9, is
 within 0.25 % of BF16's in a 16B model over 1.33T tokens, and in a 230B one over
-0.9T.
+0.9T.  B.2: blocks of 128 x 128 for Dgrad diverged, after 300B tokens.
 
-    python -m experiments.ablations.fp8_vs_bf16  # 5 minutes on 2 cores
+    python -m experiments.ablations.fp8_vs_bf16  # 7 minutes on 2 cores
 
-Mean±standard error of three seeds, 120 steps, 2026-11-24, two CPU cores; what
-is compared with is float32, the compute dtype of a CPU here, not BF16:
+Mean±standard error of three seeds, 120 steps, 2026-11-24, two CPU cores; the
+gap is the largest of the averaged training losses in the second half:
 
 | arm | seeds | val loss | vs first | largest gap |
 | --- | ---: | ---: | ---: | ---: |
 | float32 | 3 | 4.5462±0.0191 | – | – |
+| float32, other sums | 3 | 4.5347±0.0148 | -0.0115±0.0066 | 0.27%±0.05% |
+| bfloat16 | 3 | 4.5536±0.0180 | +0.0074±0.0019 | 0.30%±0.04% |
 | FP8 | 3 | 4.5616±0.0339 | +0.0154±0.0148 | 0.53%±0.14% |
+| FP8, Dgrad 128 x 128 | 3 | 4.5508±0.0097 | +0.0046±0.0096 | 0.30%±0.05% |
 
-The loss is higher by one standard error: no difference is shown.  The gap of
-the averaged training losses, the largest in the second half, is twice the
-paper's bound.  Two runs that round differently part in any case, and how far
-they would without FP8 was not measured.
+The control is the second arm: the same arithmetic, but gradients are summed in
+two halves, and the runs part by 0.27 % all the same.  FP8 is 0.26 % beyond it,
+less than two standard errors, and no validation loss shows a cost.  Here
+128 x 128 blocks do no harm: 61,000 tokens are far from the paper's 300B.
 """
 
 from experiments import sweep
 
-# On a CPU the compute dtype is float32: FP8 is compared with exact products.
+_FP8 = {'precision.fp8.enabled': True}
 ARMS = {
   'float32': {},
-  'FP8': {'precision.fp8.enabled': True},
+  'float32, other sums': {'train.micro_batch_size': 4},
+  'bfloat16': {'precision.compute_dtype': 'bfloat16'},
+  # What is not FP8 is float32 here.
+  'FP8': _FP8,
+  'FP8, Dgrad 128 x 128': {**_FP8, 'precision.fp8.gradient_tile': '128x128'},
 }
 
 if __name__ == '__main__':
