@@ -22,7 +22,7 @@ from deepseek_jax.ops import experts, fp8_matmul, quantize
 from deepseek_jax.ops.experts import Permutation
 from deepseek_jax.ops.formats import Format
 from deepseek_jax.ops.fp8_linear import quantize_weight
-from deepseek_jax.ops.fp8_recipe import Kept, Recipe
+from deepseek_jax.ops.fp8_recipe import Recipe
 from deepseek_jax.ops.quantize import Quantized
 
 BLOCK = 128
@@ -107,8 +107,7 @@ def _fwd(x_TD, weights, weights_TK, permutation, recipe):
 def _bwd(recipe, residuals, dy_TD):
   sent, weights, weights_TK, permutation, kept = residuals
   rows = _make_rows(weights_TK, permutation)
-  kept_dy = Kept(recipe.gradient_fmt, recipe.dispatch.scale)
-  dy = kept_dy.quantize(dy_TD).raw
+  dy = recipe.dispatch_gradient.quantize(dy_TD).raw
   dx, dinputs, dweights = _input_grad(
     dy, weights, kept, rows, recipe, dy_TD.dtype
   )
