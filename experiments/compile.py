@@ -20,6 +20,9 @@ _WHAT = absl_flags.DEFINE_enum(
   'what', 'train_step', ['moe_layer', 'train_step'], 'What is compiled.'
 )
 _TOPOLOGY = absl_flags.DEFINE_string('topology', 'h100', 'h100 or h200.')
+_OVERLAP = absl_flags.DEFINE_bool(
+  'overlap', False, 'Also print what may run beside each collective.'
+)
 _HLO = absl_flags.DEFINE_string('hlo', None, 'Also write the program here.')
 flags.define(default_preset='deepseek_v3')
 
@@ -39,6 +42,8 @@ def main() -> None:
     with open(_HLO.value, 'w') as file:
       file.write(program.hlo)
   print(ahead.describe(program, config, is_step=_WHAT.value == 'train_step'))
+  if _OVERLAP.value:
+    print(ahead.describe_overlap(program))
 
 
 if __name__ == '__main__':

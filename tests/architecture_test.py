@@ -19,7 +19,7 @@ _MAY_IMPORT = {
   'kernels': ('kernels', 'ops', 'config'),
   'parallel': ('parallel', 'ops', 'config'),
   'layers': ('layers', 'kernels', 'ops', 'config', 'parallel.sharding',
-             'parallel.expert'),
+             'parallel.expert', 'parallel.halves'),
   'models': ('models', 'layers', 'kernels', 'ops', 'config',
              'parallel.sharding', 'parallel.expert'),
   'data': ('data', 'config'),

@@ -1,5 +1,6 @@
 """`experiments.compile`: programs for GPUs that are not here."""
 
+import collections
 import os
 import re
 import subprocess
@@ -48,6 +49,55 @@ def test_a_moe_layer_over_two_nodes():
     assert found[axis, 'ragged-all-to-all', 'f32'] == '6'
   assert found['node+expert', 'all-reduce', 'f32']
   assert not any(kind == 'all-gather' for _, kind, of in found if of == 'f32')
+
+
+def _exchanges(*flags):
+  """By the part of the program, for each exchange of rows there: (MB, share).
+
+  The share is that of the part's products which may run beside it.
+  """
+  flags = ['--overlap', '--parallel.expert_buffer=0', *_LAYERS, *flags]
+  _, _, table = _compile(*flags)[0].partition('| in | over |')
+  found = collections.defaultdict(list)
+  for row in (line.strip('| ').split(' | ') for line in table.splitlines()[2:]):
+    if row[2:4] == ['ragged-all-to-all', 'f32']:
+      size, beside, _, whole = map(float, row[4:])
+      found[row[0]].append((size, beside / whole))
+  return list(found.values())
+
+
+_LAYERS = ('--model.n_layers=2', '--model.n_dense_layers=0')
+
+
+@pytest.mark.slow
+def test_halves_hide_each_others_exchanges():
+  """Of two hops, forwards and backwards (V3 section 3.4.1)."""
+  nodes = ['--parallel.node=2', '--parallel.expert=2']
+
+  def hidden(part):
+    """How much of what is sent has a tenth of the products beside it."""
+    total = sum(size for size, _ in part)
+    return sum(size for size, share in part if share > 0.1) / total
+
+  parts = _exchanges(*nodes, '--parallel.interleave')
+  assert len(parts) == 2
+  for part in parts:
+    # The last to come back has only the other half's shared experts.
+    assert min(share for _, share in part) > 0.05
+    assert hidden(part) > 0.7
+  # Without halves nothing is beside the forward pass's but shared experts.
+  assert min(map(hidden, _exchanges(*nodes))) == 0
+
+
+@pytest.mark.slow
+def test_the_passes_of_a_pair_hide_each_others_exchanges():
+  """DualPipe's (V3 figure 4), and those of a forward pass alone do not."""
+  stages = ['--parallel.stage=2', '--parallel.expert=2']
+  parts = _exchanges(*stages, '--parallel.microbatches=4')
+  least = [min(share for _, share in part) for part in sorted(parts, key=len)]
+  backward, forward, pair = least  # 3, 4 and 6 exchanges.
+  assert pair > 0.15
+  assert forward < 0.1
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ class MoE(nn.Module):
       shared = MLP(
         inter_dim, self.config.init_std, self.precision, name='shared'
       )
-      y_BTD += shared(x_BTD)
+      y_BTD += sharding.apart(shared(x_BTD))
     stats = MoEStats(
       routing.expert_counts(route.expert_ids_TK, moe.n_routed_experts, mask_BT),
       self._balance_loss(route, mask_BT),

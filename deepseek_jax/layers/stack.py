@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.parallel import halves
+
 # What the paper's selective policy keeps for the backward pass: the latents,
 # attention's output, the residual stream behind it, the routing and SwiGLU's
 # inputs.  RMSNorms, the MLA up-projections and SwiGLU's output are computed
@@ -52,11 +54,18 @@ def init_stacked(layer: nn.Module, rng: jax.Array, n_layers: int, *args) -> Any:
 
 
 def rematerialised(
-  apply, policy: str, index: int = 0, in_scan: bool = False, collect=None
+  apply,
+  policy: str,
+  index: int = 0,
+  in_scan: bool = False,
+  collect=None,
+  parts: int = 1,
+  streams: int = 1,
 ):
   """`apply` under a policy; `index` is a layer's place in its group.
 
-  `collect`, see `apply_stacked`, comes first, and is computed again as well.
+  For `collect`, which is computed again as well, and `parts` see
+  `apply_stacked`; `streams` of the arguments, the first, have gradients.
   """
 
   def run(variables, *args):
@@ -67,26 +76,11 @@ def rematerialised(
   names = {'none': _NO_MATMUL_TWICE, 'selective': _SELECTIVE, 'full': ()}
   saveable = jax.checkpoint_policies.save_only_these_names(*names[policy])
   # Only a loop keeps XLA from merging the two computations back into one.
-  return jax.checkpoint(run, policy=saveable, prevent_cse=not in_scan)
-
-
-def in_parts(apply, parts: int):
-  """`apply` on parts of the batch, none of which waits for another.
-
-  The all-to-alls of one can then run beside the attention and the experts of
-  the other, forward and backward (V3 section 3.4.1).
-  """
-  if parts == 1:
-    return apply
-
-  def run(variables, *args):
-    def part(i):
-      return jax.tree.map(lambda v: jnp.split(v, parts)[i], args)
-
-    xs, stats = zip(*(apply(variables, *part(i)) for i in range(parts)))
-    return jnp.concatenate(xs), jax.tree.map(lambda *s: sum(s), *stats)
-
-  return run
+  how = {'policy': saveable, 'prevent_cse': not in_scan}
+  if parts > 1:
+    one = jax.checkpoint(apply, **how)
+    return halves.in_turns(one, parts, streams, collect)
+  return jax.checkpoint(run, **how)
 
 
 def apply_stacked(
@@ -111,7 +105,8 @@ def apply_stacked(
     scan: compile one layer and loop, rather than L copies; the same result.
     collect: what makes one layer's variables whole, where devices share them;
       always done again in the backward pass.
-    parts: see `in_parts`.
+    parts: of the batch, whose exchanges and computation take turns; see
+      `parallel.halves`.
 
   Returns:
     The last layer's output and the stacked statistics.
@@ -120,9 +115,8 @@ def apply_stacked(
   group = 2 if remat == 'alternate' else 1
 
   def run(x, layer_variables, index, in_scan):
-    apply = in_parts(layer.apply, parts)
-    apply = rematerialised(apply, remat, index, in_scan, collect)
-    return apply(layer_variables, x, *args)
+    how = remat, index, in_scan, collect, parts
+    return rematerialised(layer.apply, *how)(layer_variables, x, *args)
 
   def run_group(x, group_variables):
     stats = []

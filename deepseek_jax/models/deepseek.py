@@ -309,9 +309,11 @@ class Transformer(nn.Module):
       mask_BT = mtp_mask(segments_BT, k)
       module = self._layers()['mtp'][0]
       apply = stack.rematerialised(
-        stack.in_parts(module.apply, self._parts),
+        module.apply,
         self.remat,
         collect=self._collector('mtp'),
+        parts=self._parts,
+        streams=2,
       )
       hidden_BTD, s = apply(
         variables,

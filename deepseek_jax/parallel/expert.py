@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.config import MoEConfig, ParallelConfig, PrecisionConfig
 from deepseek_jax.ops import experts, fp8_recipe
 from deepseek_jax.ops.fp8_recipe import Kept
-from deepseek_jax.parallel import rules
+from deepseek_jax.parallel import rules, turns
 
 # As `experts.expert_ffn`.
 Ffn = Callable[..., jax.Array]
@@ -352,13 +352,15 @@ def _out(x_TD: jax.Array, hops: Route, index: Any, kept: Any) -> jax.Array:
   x = x_TD
   if kept:
     x = kept.quantize(x).raw
-  for hop in hops[:-1]:
-    x = push(x, hop, 0)
-  x = push(x, hops[-1], index)
+  with jax.named_scope(turns.SCOPE):
+    for hop in hops[:-1]:
+      x = push(x, hop, 0)
+    x = push(x, hops[-1], index)
   x = jax.tree.map(lambda v: checkpoint_name(v, 'dispatched'), x)
   return x.dequantize(x_TD.dtype) if kept else x
 
 
+@jax.named_scope(turns.SCOPE)
 def _back(rows_RD: jax.Array, hops: Route, index: Any) -> jax.Array:
   x = pull(rows_RD, hops[-1], index)
   for hop in reversed(hops[:-1]):
@@ -390,9 +392,10 @@ def dispatch(
 
 def _dispatch(x_TD, weights_TK, hops, index, kept):
   gates = weights_TK
-  for hop in hops[:-1]:
-    gates = push(gates, hop, 0)
-  gates = push_choices(gates, hops[-1], index)
+  with jax.named_scope(turns.SCOPE):
+    for hop in hops[:-1]:
+      gates = push(gates, hop, 0)
+    gates = push_choices(gates, hops[-1], index)
   gates = checkpoint_name(gates, 'dispatched')
   return _out(x_TD, hops, index, kept), gates
 
@@ -405,10 +408,11 @@ def _dispatch_fwd(x_TD, weights_TK, hops, index, kept):
 def _dispatch_bwd(kept, residuals, cotangents):
   hops, index = residuals
   dx_RD, dgates_R1 = cotangents
-  columns = pull_choices(dgates_R1, hops[-1], index)
-  dweights_TK = jnp.concatenate(columns, -1)
-  for hop in reversed(hops[:-1]):
-    dweights_TK = pull(dweights_TK, hop, 0)
+  with jax.named_scope(turns.SCOPE):
+    columns = pull_choices(dgates_R1, hops[-1], index)
+    dweights_TK = jnp.concatenate(columns, -1)
+    for hop in reversed(hops[:-1]):
+      dweights_TK = pull(dweights_TK, hop, 0)
   return _back(dx_RD, hops, index), dweights_TK, None, None
 
 
@@ -470,17 +474,24 @@ def _further_rounds_fwd(weights, x_TD, gates_TK, hops, ffn, exchange):
 
 
 def _further_rounds_bwd(ffn, exchange, residuals, dy_TD):
-  *primals, hops = residuals
+  weights, x_TD, gates_TK, hops = residuals
 
-  def body(index, total):
-    def run(*primals):
-      return _one_round(*primals, hops, index, ffn, exchange)
+  def gradients(run, *primals):
+    def body(index, total):
+      _, vjp = jax.vjp(functools.partial(run, index), *primals)
+      return jax.tree.map(jnp.add, total, vjp(dy_TD))
 
-    gradients = jax.vjp(run, *primals)[1](dy_TD)
-    return jax.tree.map(jnp.add, total, gradients)
+    zeros = jax.tree.map(jnp.zeros_like, primals)
+    return lax.fori_loop(1, _agreed_rounds(hops), body, zeros)
 
-  zeros = jax.tree.map(jnp.zeros_like, tuple(primals))
-  return *lax.fori_loop(1, _agreed_rounds(hops), body, zeros), None
+  def run(index, weights, x_TD, gates_TK):
+    return _one_round(weights, x_TD, gates_TK, hops, index, ffn, exchange)
+
+  # Two loops: a pipeline computes the gradients of weights later, and those
+  # that came with others' it would keep, large as they are, in between.
+  (dweights,) = gradients(lambda i, w: run(i, w, x_TD, gates_TK), weights)
+  inputs = gradients(lambda i, *xs: run(i, weights, *xs), x_TD, gates_TK)
+  return dweights, *inputs, None
 
 
 _further_rounds.defvjp(_further_rounds_fwd, _further_rounds_bwd)

@@ -132,6 +132,18 @@ def shape_bytes(shape: str) -> float:
   return total
 
 
+def dimensions(shape: str) -> list[int]:
+  """Sizes of an array, or of the first of a tuple."""
+  found = _ARRAY.search(shape)
+  return [int(n) for n in found.group(2).split(',') if n] if found else []
+
+
+def known_trips(instruction: Instruction) -> int | None:
+  """How often a `while` runs, if that does not depend on data."""
+  trips = _TRIPS.search(instruction.attributes)
+  return int(trips.group(1)) if trips else None
+
+
 class Collective(NamedTuple):
   """One collective instruction.
 
@@ -221,10 +233,10 @@ def _executions(program: Program) -> dict[str, tuple[int, bool]]:
     times, is_counted = 0, True
     for caller, instruction in callers[name]:
       outer, known = count(caller)
-      trips = _TRIPS.search(instruction.attributes)
       if instruction.opcode == 'while':
+        trips = known_trips(instruction)
         known &= trips is not None
-        outer *= int(trips.group(1)) if trips else 1
+        outer *= 1 if trips is None else trips
       times, is_counted = times + outer, is_counted and known
     return times, is_counted
 

@@ -35,6 +35,16 @@ def build(
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def compiler_options(mesh: Mesh) -> dict[str, bool]:
+  """What XLA is asked for, to run collectives beside computation.
+
+  Its scheduler for GPUs otherwise keeps the order of memory use, in which most
+  collectives end before anything else begins.
+  """
+  is_gpu = mesh.devices.flat[0].platform in ('gpu', 'cuda')
+  return {'xla_gpu_enable_latency_hiding_scheduler': True} if is_gpu else {}
+
+
 def _misfit(sizes: dict[str, int], count: int) -> str:
   """What is wrong, and which change of one axis would fit."""
   product = math.prod(sizes.values())

@@ -27,7 +27,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from deepseek_jax.parallel import placement, split_backward, ticks
+from deepseek_jax.parallel import placement, split_backward, ticks, turns
 from deepseek_jax.parallel.placement import AXIS, Layout, Signature
 from deepseek_jax.parallel.ticks import Cell, Table
 
@@ -285,22 +285,37 @@ class _Rank:
   def _branch(self, action, at, f_micro, b_micro, x, g, residuals, cut):
     """The tasks of an action; what they do not give is zero."""
     forward, backward, weight = action
+    if forward is not None and backward is not None:
+      return self._pair(action, at, f_micro, b_micro, x, g, residuals)
     out = self._nothing()
     if forward is not None:
-      out |= self._forward(forward, at['f_chunk'], x, f_micro)
+      out |= _alone(self._forward(forward, at['f_chunk'], x, f_micro))
     if backward is None and weight is None:
       return out
     chunk = at['b_chunk']
     saved = _read(residuals, at['load'])
     if backward is not None:
-      out['dx'], cuts = self._input_grad(backward, chunk, g, saved, b_micro)
-      if weight is None:
-        out['cut'] = cuts
+      args = backward, chunk, g, saved, b_micro
+      out |= _alone(self._input_grad(*args))
     else:
       cuts = _read(cut, at['cut_load'])
-    if weight is not None:
       out['dparams'] = self._weight_grad(weight, chunk, saved, cuts, b_micro)
     return out
+
+  def _pair(self, action, at, f_micro, b_micro, x, g, residuals):
+    """A forward and a backward that hide each other's exchanges.
+
+    Layer by layer: the gradients of a layer's half, of its input and then of
+    its weights, and the other micro-batch's forward half (V3 figure 4).
+    """
+    forward, backward, weight = action
+    order, saved = turns.Order(), _read(residuals, at['load'])
+    grads = self._input_grad if weight is None else self._gradients
+    values = turns.alternate(
+      grads(backward, at['b_chunk'], g, saved, b_micro, order),
+      self._forward(forward, at['f_chunk'], x, f_micro, order),
+    )
+    return self._nothing() | values[0] | values[1]
 
   def _nothing(self):
     layers = {k: self._layout.slots[k].shape[2] for k in self._layout.kinds}
@@ -335,30 +350,44 @@ class _Rank:
         ),
       )
 
-  def _forward(self, signature, chunk, x, micro):
+  # These stop at exchanges if they are given an order; see `turns.py`.
+
+  def _forward(self, signature, chunk, x, micro, order=None):
     leaves, stats = [], self._nothing()['stats']
     for kind, i, variables in self._layers(signature, chunk):
-      split = self._splits[kind]
-      (x, _), s, residuals = split.forward(
-        *variables, x, (micro, self._scalars)
+      (x, _), s, residuals = yield from self._splits[kind].forward.in_turns(
+        order, *variables, x, (micro, self._scalars)
       )
       leaves += residuals
       stats[kind] = jax.tree.map(lambda a, v: a.at[i].set(v), stats[kind], s)  # noqa: B023
     saved = self._residuals.pack(signature, leaves)
     return {'y': x, 'residuals': saved, 'stats': stats}
 
-  def _input_grad(self, signature, chunk, g, saved, micro):
-    saved = self._by_layer(signature, 'residuals', saved)
+  def _input_grad(self, signature, chunk, g, saved, micro, order=None):
     cuts = []
-    layers = list(self._layers(signature, chunk))
-    for (kind, _, variables), residuals in zip(layers[::-1], saved[::-1]):
-      split, one = self._splits[kind], jnp.ones((), jnp.float32)
-      g, values = split.input_grad(
-        *variables, (micro, self._scalars), residuals, (g, one)
+    for kind, _, arguments in self._backwards(signature, chunk, saved, micro):
+      g, values = yield from self._splits[kind].input_grad.in_turns(
+        order, *arguments, (g, jnp.ones((), jnp.float32))
       )
       cuts.append(values)
     leaves = [v for values in cuts[::-1] for v in values]
-    return g, self._cut.pack(signature, leaves)
+    return {'dx': g, 'cut': self._cut.pack(signature, leaves)}
+
+  def _gradients(self, signature, chunk, g, saved, micro, order):
+    grads = self._nothing()['dparams']
+    for kind, i, arguments in self._backwards(signature, chunk, saved, micro):
+      g, grad = yield from self._splits[kind].backward.in_turns(
+        order, *arguments, (g, jnp.ones((), jnp.float32))
+      )
+      grads[kind] = jax.tree.map(lambda a, v: a.at[i].set(v), grads[kind], grad)  # noqa: B023
+    return {'dx': g, 'dparams': grads}
+
+  def _backwards(self, signature, chunk, saved, micro):
+    """From the last layer: kind, number, arguments but for the gradient."""
+    saved = self._by_layer(signature, 'residuals', saved)
+    layers = list(self._layers(signature, chunk))
+    for (kind, i, variables), residuals in zip(layers[::-1], saved[::-1]):
+      yield kind, i, (*variables, (micro, self._scalars), residuals)
 
   def _weight_grad(self, signature, chunk, saved, cuts, micro):
     saved = self._by_layer(signature, 'residuals', saved)
@@ -430,6 +459,10 @@ class _Rank:
       return vjp(dx)[0]
 
     return lax.cond(at['ends'], grad, lambda: jnp.zeros_like(embedding))
+
+
+def _alone(program: turns.Turn) -> Any:
+  return turns.alternate(program)[0]
 
 
 def _rank():

@@ -45,6 +45,14 @@ def batch_sum(tree: Any) -> Any:
   return lax.psum(tree, axes) if axes else tree
 
 
+def apart(x: jax.Array) -> jax.Array:
+  """`x`, which is added to what comes back from the experts of other devices.
+
+  Else XLA lets the product that makes `x` add to that, and so wait for it.
+  """
+  return lax.optimization_barrier(x) if shards(rules.EXPERTS) else x
+
+
 def gather(x: jax.Array, have: PartitionSpec, want: PartitionSpec) -> jax.Array:
   """A device's part by `have` to its part by `want`, which divides less.
 

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
+from deepseek_jax.parallel import turns
+
 # Calls that are replaced by their body, so that their equations can be sorted.
 _INLINED = (
   'jit', 'pjit', 'closed_call', 'core_call', 'custom_jvp_call',
@@ -51,10 +53,15 @@ class _Equation:
   inputs: tuple[Any, ...]  # _Var or Literal
   outputs: tuple[_Var, ...]
   eqn: Any
+  in_exchange: bool  # Of rows, with other devices.
 
   @property
   def reads(self) -> list[_Var]:
     return [v for v in self.inputs if isinstance(v, _Var)]
+
+  @property
+  def sends(self) -> bool:
+    return self.in_exchange and self.eqn.primitive.name in turns.SENDS
 
 
 class _Flat:
@@ -64,7 +71,7 @@ class _Flat:
     self.equations: list[_Equation] = []
     self.constants: dict[_Var, Any] = {}
 
-  def add(self, jaxpr, constants, arguments) -> list[Any]:
+  def add(self, jaxpr, constants, arguments, in_exchange=False) -> list[Any]:
     """Appends a jaxpr applied to `arguments`; its outputs."""
     env = dict(zip(jaxpr.invars, arguments))
     for var, value in zip(jaxpr.constvars, constants):
@@ -77,11 +84,15 @@ class _Flat:
     for eqn in jaxpr.eqns:
       inputs = [read(atom) for atom in eqn.invars]
       body = _body(eqn)
+      scope = str(eqn.source_info.name_stack)
+      inside = in_exchange or turns.SCOPE in scope
       if body is not None:
-        outputs = self.add(body[0], body[1], inputs)
+        outputs = self.add(*body, inputs, inside)
       else:
         outputs = [_Var(var.aval) for var in eqn.outvars]
-        self.equations.append(_Equation(tuple(inputs), tuple(outputs), eqn))
+        self.equations.append(
+          _Equation(tuple(inputs), tuple(outputs), eqn, inside)
+        )
       env.update(zip(eqn.outvars, outputs))
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -144,33 +155,78 @@ def _unique(variables: Iterable[Any]) -> list[_Var]:
   return list(dict.fromkeys(v for v in variables if isinstance(v, _Var)))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Program:
   """Equations between named inputs and outputs."""
 
-  equations: list[_Equation]
+  parts: list[list[_Equation]]
   constants: dict[_Var, Any]
   outputs: list[Any]
+  moving: set[_Var]
 
   def __call__(self, env: dict[_Var, Any]) -> list[Any]:
     env = {**self.constants, **env}
+    for equations in self.parts:
+      _evaluate(equations, env)
+    return [_read(env, atom) for atom in self.outputs]
 
-    def read(atom):
-      return atom.val if isinstance(atom, Literal) else env[atom]
+  def in_turns(self, order: turns.Order, env: dict[_Var, Any]) -> turns.Turn:
+    """The same, with stops; see `turns.py`."""
+    env = {**self.constants, **env}
+    equations = [e for part in self.parts for e in part]
+    places = dict(zip(map(id, equations), turns.place(equations, self.moving)))
+    rounds = []
+    for at in range(0, 1 + max(places.values(), default=0), 2):
+      rounds.append([])
+      for part in self.parts:
+        here, after = (
+          [e for e in part if places[id(e)] == place] for place in (at, at + 1)
+        )
+        rounds[-1].append((here, after))
+    outputs = _unique(self.outputs)
+    yield from turns.run(rounds, env, outputs, self.moving, _evaluate, order)
+    return [_read(env, atom) for atom in self.outputs]
 
-    for e in self.equations:
-      primitive = e.eqn.primitive
-      params = primitive.get_bind_params(e.eqn.params)
-      with e.eqn.ctx.manager:
-        values = primitive.bind(*map(read, e.inputs), **params)
-      many = primitive.multiple_results
-      env.update(zip(e.outputs, values if many else [values]))
-    return [read(atom) for atom in self.outputs]
+
+def _read(env: dict[_Var, Any], atom: Any) -> Any:
+  return atom.val if isinstance(atom, Literal) else env[atom]
+
+
+def _evaluate(equations: Iterable[_Equation], env: dict[_Var, Any]) -> None:
+  """Puts the results of equations into `env`."""
+  for e in equations:
+    primitive = e.eqn.primitive
+    params = primitive.get_bind_params(e.eqn.params)
+    with e.eqn.ctx.manager:
+      inputs = [_read(env, atom) for atom in e.inputs]
+      values = primitive.bind(*inputs, **params)
+    many = primitive.multiple_results
+    env.update(zip(e.outputs, values if many else [values]))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Function:
+  """A program as a function of trees."""
+
+  _program: _Program
+  _bind: Callable[..., dict[_Var, Any]]
+  _give: Callable[[list[Any]], Any]
+
+  def __call__(self, *arguments: Any) -> Any:
+    """Runs it."""
+    return self._give(self._program(self._bind(*arguments)))
+
+  def in_turns(self, order: turns.Order | None, *arguments: Any) -> turns.Turn:
+    """Runs it with stops at its exchanges; without an order, with none."""
+    if order is None:
+      return self(*arguments)
+    env = self._bind(*arguments)
+    return self._give((yield from self._program.in_turns(order, env)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """Four programs that together are `jax.vjp` of one function.
+  """Programs that together are `jax.vjp` of one function.
 
   `prepared`, `residuals` and `cut` are lists of arrays.
 
@@ -179,15 +235,18 @@ class Split:
     forward: (params, state, prepared, x, aux) -> (y, stats, residuals).
     input_grad: (params, state, prepared, aux, residuals, dy) -> (dx, cut).
     weight_grad: (params, state, prepared, aux, residuals, cut) -> dparams.
+    backward: (params, state, prepared, aux, residuals, dy) -> (dx, dparams):
+      both at once; in turns, weights after inputs within each stretch.
     residuals: their shapes, of one call.
     cut: likewise.
     stats: likewise.
   """
 
-  prepare: Callable[..., list[jax.Array]]
-  forward: Callable[..., tuple[Any, Any, list[jax.Array]]]
-  input_grad: Callable[..., tuple[Any, list[jax.Array]]]
-  weight_grad: Callable[..., Any]
+  prepare: Function
+  forward: Function
+  input_grad: Function
+  weight_grad: Function
+  backward: Function
   residuals: list[jax.ShapeDtypeStruct]
   cut: list[jax.ShapeDtypeStruct]
   stats: Any
@@ -289,6 +348,9 @@ class _Splitter:
       forward=self._forward(forward, residuals),
       input_grad=self._input_grad(backward, residuals, cut),
       weight_grad=self._weight_grad(rest, residuals, cut),
+      backward=self._backward(
+        first, _needed(equations, self._dparams, given | done), residuals
+      ),
       residuals=[_shape(v) for v in residuals],
       cut=[_shape(v) for v in cut],
       stats=self._shapes[1],
@@ -354,8 +416,15 @@ class _Splitter:
         cut.discard(v)
     return sorted(cut, key=list(origin).index)
 
-  def _program(self, equations, outputs):
-    return _Program(equations, self._constants, outputs)
+  def _function(self, parts, outputs, bind, give):
+    fixed = {*self._params, *self._state, *self._prepared, *self._constants}
+    for e in self._equations:
+      if fixed.issuperset(e.reads):
+        fixed.update(e.outputs)
+    reads = (v for part in parts for e in part for v in (*e.reads, *e.outputs))
+    moving = {v for v in reads if v not in fixed}
+    program = _Program(parts, self._constants, outputs, moving)
+    return Function(program, bind, give)
 
   def _bind(self, params, state, prepared=(), aux=None):
     env = _bindings(self._params, params) | _bindings(self._state, state)
@@ -363,46 +432,62 @@ class _Splitter:
     return env | (_bindings(self._aux, aux) if aux is not None else {})
 
   def _prepare(self, equations):
-    program = self._program(equations, self._prepared)
-    return lambda params, state: program(self._bind(params, state))
+    return self._function([equations], self._prepared, self._bind, list)
 
   def _forward(self, equations, residuals):
-    program = self._program(equations, self._y + residuals)
     n_y, n_stats = (len(jax.tree.leaves(s)) for s in self._shapes[:2])
     trees = [jax.tree.structure(s) for s in self._shapes[:2]]
 
-    def forward(params, state, prepared, x, aux):
-      env = self._bind(params, state, prepared, aux) | _bindings(self._x, x)
-      out = program(env)
+    def bind(params, state, prepared, x, aux):
+      env = self._bind(params, state, prepared, aux)
+      return env | _bindings(self._x, x)
+
+    def give(out):
       y = jax.tree.unflatten(trees[0], out[:n_y])
       stats = jax.tree.unflatten(trees[1], out[n_y : n_y + n_stats])
       return y, stats, out[n_y + n_stats :]
 
-    return forward
+    return self._function([equations], self._y + residuals, bind, give)
+
+  def _bind_backward(self, residuals):
+    def bind(params, state, prepared, aux, residual_values, dy):
+      env = self._bind(params, state, prepared, aux)
+      env |= dict(zip(residuals, residual_values))
+      return env | _bindings(self._dy, dy)
+
+    return bind
 
   def _input_grad(self, equations, residuals, cut):
-    program = self._program(equations, self._dx + cut)
-    tree = jax.tree.structure(self._grads[1])
+    tree, n_dx = jax.tree.structure(self._grads[1]), len(self._dx)
 
-    def input_grad(params, state, prepared, aux, residual_values, dy):
-      env = self._bind(params, state, prepared, aux)
-      env |= dict(zip(residuals, residual_values)) | _bindings(self._dy, dy)
-      out = program(env)
-      n_dx = len(self._dx)
+    def give(out):
       return jax.tree.unflatten(tree, out[:n_dx]), out[n_dx:]
 
-    return input_grad
+    bind = self._bind_backward(residuals)
+    return self._function([equations], self._dx + cut, bind, give)
 
   def _weight_grad(self, equations, residuals, cut):
-    program = self._program(equations, self._dparams)
     tree = jax.tree.structure(self._grads[0])
 
-    def weight_grad(params, state, prepared, aux, residual_values, cut_values):
+    def bind(params, state, prepared, aux, residual_values, cut_values):
       env = self._bind(params, state, prepared, aux)
-      env |= dict(zip(residuals, residual_values)) | dict(zip(cut, cut_values))
-      return jax.tree.unflatten(tree, program(env))
+      env |= dict(zip(residuals, residual_values))
+      return env | dict(zip(cut, cut_values))
 
-    return weight_grad
+    return self._function([equations], self._dparams, bind, tree.unflatten)
+
+  def _backward(self, inputs, weights, residuals):
+    trees = [jax.tree.structure(g) for g in self._grads]
+    n_dx = len(self._dx)
+
+    def give(out):
+      return trees[1].unflatten(out[:n_dx]), trees[0].unflatten(out[n_dx:])
+
+    # What depends on neither x nor dy is in both.
+    known = set(map(id, inputs))
+    parts = [inputs, [e for e in weights if id(e) not in known]]
+    bind = self._bind_backward(residuals)
+    return self._function(parts, self._dx + self._dparams, bind, give)
 
 
 def _bindings(variables, tree):

@@ -17,10 +17,11 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from deepseek_jax.config import Config
 from deepseek_jax.layers.moe import MoE
-from deepseek_jax.parallel import hlo, rules, sharding
+from deepseek_jax.parallel import hlo, overlap, rules, sharding
+from deepseek_jax.parallel import mesh as mesh_lib
 from deepseek_jax.planner import memory
 from deepseek_jax.training import layout as layout_lib
-from deepseek_jax.training import optimizer, step
+from deepseek_jax.training import optimizer, pipelined, step
 from deepseek_jax.training.layout import Layout
 from deepseek_jax.training.schedules import Hyper
 
@@ -37,6 +38,7 @@ class Program(NamedTuple):
     arguments: bytes on one device that live across calls.
     temporary: bytes that it allocates in addition, at its peak.
     collectives: all of them.
+    beside: by the name of each, what surrounds it.
     lowering: seconds.
     compiling: seconds.
   """
@@ -45,6 +47,7 @@ class Program(NamedTuple):
   arguments: int
   temporary: int
   collectives: list[hlo.Collective]
+  beside: dict[str, overlap.Beside]
   lowering: float
   compiling: float
 
@@ -140,15 +143,18 @@ def _compile(
   lowered: jax.stages.Lowered, layout: Layout | None, started: float
 ) -> Program:
   traced = time.perf_counter()
-  compiled = lowered.compile(_OPTIONS)
+  options = mesh_lib.compiler_options(layout.mesh) if layout else {}
+  compiled = lowered.compile(options | _OPTIONS)
   ended = time.perf_counter()
   text, sizes = compiled.as_text(), compiled.memory_analysis()
   mesh = dict(layout.mesh.shape) if layout else {}
+  program = hlo.parse(text)
   return Program(
     text,
     sizes.argument_size_in_bytes,
     sizes.temp_size_in_bytes,
-    hlo.collectives(hlo.parse(text), mesh) if layout else [],
+    hlo.collectives(program, mesh) if layout else [],
+    overlap.beside(program) if layout else {},
     traced - started,
     ended - traced,
   )
@@ -164,25 +170,68 @@ def describe(program: Program, config: Config, is_step: bool) -> str:
     f'{p.temporary / 1e9:.4g} GB more at the peak',
   ]
   if is_step:
-    planned = memory.of_rank(config)
+    planned = _planned(config)
     lines.append(
       f'planned: {planned.state / 1e9:.4g} GB of state, '
       f'{(planned.total - planned.state) / 1e9:.4g} GB more; compiled / '
       f'planned: {total / planned.total:.2f}'
     )
-  rows = collections.Counter()
-  counts = collections.Counter()
-  for c in p.collectives:
+  return '\n'.join(lines + _table(p.collectives))
+
+
+def _planned(config: Config) -> memory.Memory:
+  """Of the fullest rank."""
+  parallel, schedule = config.parallel, None
+  if parallel.stage > 1:
+    count = config.data.batch_size // config.micro_batch_size
+    schedule = pipelined.make_schedule(parallel, count)
+  ranks = range(parallel.stage)
+  plans = [memory.of_rank(config, schedule, rank) for rank in ranks]
+  return max(plans, key=lambda plan: plan.total)
+
+
+def _table(found: Sequence[hlo.Collective]) -> list[str]:
+  """Those alike summed up."""
+  rows, counts = collections.Counter(), collections.Counter()
+  for c in found:
     key = '+'.join(c.axes), c.kind, '+'.join(c.dtypes), c.is_counted
     rows[key] += c.sent
     counts[key] += c.times
-  if rows:
-    lines += [
-      '| over | collective | of | times | GB sent |',
-      '|---|---|---|---:|---:|',
-    ]
+  lines = [
+    '| over | collective | of | times | GB sent |',
+    '|---|---|---|---:|---:|',
+  ]
   for (axes, kind, dtypes, is_counted), sent in sorted(rows.items()):
     times = counts[axes, kind, dtypes, is_counted]
     shown = f'{times}' if is_counted else f'{times} a round'
     lines.append(f'| {axes} | {kind} | {dtypes} | {shown} | {sent / 1e9:.4g} |')
+  return lines if found else []
+
+
+def describe_overlap(program: Program) -> str:
+  """Each collective, and the products that may run beside it."""
+  lines = [
+    'GFLOP of products that may run beside one execution of a collective, that '
+    'are scheduled so, and that its part of the program has:',
+    '| in | over | collective | of | MB sent | beside | scheduled | all |',
+    '|---|---|---|---|---:|---:|---:|---:|',
+  ]
+  for c in program.collectives:
+    if c.is_counted:
+      around = program.beside[c.name]
+      works = around.free, around.hidden, around.whole
+      cells = (
+        around.computation,
+        '+'.join(c.axes),
+        c.kind,
+        '+'.join(c.dtypes),
+        f'{c.sent / c.times / 1e6:.4g}',
+        *map(_work, works),
+      )
+      lines.append(f'| {" | ".join(cells)} |')
   return '\n'.join(lines)
+
+
+def _work(work: overlap.Work) -> str:
+  kernels = f' + {work.kernels} kernels' if work.kernels else ''
+  return f'{work.flops / 1e9:.4g}{kernels}'

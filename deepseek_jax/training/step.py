@@ -18,6 +18,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.layers import params as params_lib
 from deepseek_jax.models import deepseek
 from deepseek_jax.ops import losses, routing
+from deepseek_jax.parallel import mesh as mesh_lib
 from deepseek_jax.parallel import sharding
 from deepseek_jax.training import layout as layout_lib
 from deepseek_jax.training import optimizer, pipelined
@@ -367,4 +368,5 @@ def make_train_step(
     train_step,
     donate_argnums=0,
     out_shardings=(placed, layout.replicated),
+    compiler_options=mesh_lib.compiler_options(layout.mesh),
   )
