@@ -196,6 +196,16 @@ class GradientsTest(parameterized.TestCase):
     """The tiles of a micro-batch are those of one device, and so the codes."""
     self._assert_equal(case, tolerances.FP8_REORDERED, is_rounded=True)
 
+  @pytest.mark.slow
+  def test_fp8_experts(self):
+    """As without stages: tests/parallel_fp8_test.py has those beside one."""
+    few = (('data.batch_size', 8), ('parallel.microbatches', 4))
+    alone = (('model.n_mtp_layers', 0), ('parallel.expert', 2))
+    updates = (*_FP8, *few, *alone)
+    expected = _train(_Case('1f1b', 1, updates))
+    results = _train(_Case('zb_h1', 2, updates), expected)
+    self._compare(results, expected, tolerances.FP8_REORDERED)
+
   def _assert_equal(self, case, rung, is_rounded=False):
     """Rounding to few bits makes steps diverge: they begin with the same."""
     expected = _one_device(case.alone)
