@@ -95,9 +95,9 @@ def test_the_passes_of_a_pair_hide_each_others_exchanges():
   stages = ['--parallel.stage=2', '--parallel.expert=2']
   parts = _exchanges(*stages, '--parallel.microbatches=4')
   least = [min(share for _, share in part) for part in sorted(parts, key=len)]
-  backward, forward, pair = least  # 3, 4 and 6 exchanges.
+  *alone, pair = least  # 3 exchanges forwards, 3 backwards, and both.
   assert pair > 0.15
-  assert forward < 0.1
+  assert min(alone) < 0.1
 
 
 @pytest.mark.parametrize(
