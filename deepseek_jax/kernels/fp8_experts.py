@@ -6,12 +6,14 @@ are tiles along the tokens.  SwiGLU is quantised where it is computed; its
 gradient is left to XLA, which fuses it.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import layout as layout_lib
 
 from deepseek_jax.kernels import dispatch, experts, grouped, mosaic, permute
 from deepseek_jax.ops import fp8_experts as reference
@@ -30,6 +32,7 @@ from deepseek_jax.ops.quantize import (
 )
 
 _KERNEL = 'mosaic_gpu'
+_ROW_MAJOR = layout_lib.Layout((0, 1, 2))
 
 
 def obstacles(
@@ -79,7 +82,7 @@ def _ffn(x_TD, weights, weights_TK, layout, recipe):
 
 
 def _fwd(x_TD, weights, weights_TK, layout, recipe):
-  w1, w2, w3 = (quantize_weight(w, recipe) for w in weights)
+  w1, w2, w3 = (_quantize(w, recipe) for w in weights)
   sent = checkpoint_name(_rowwise(x_TD, recipe.dispatch, recipe), 'linear_in')
   x = _permute(sent, layout)
   dot = functools.partial(_dot, layout=layout, dtype=x_TD.dtype)
@@ -94,7 +97,7 @@ def _fwd(x_TD, weights, weights_TK, layout, recipe):
 
 def _bwd(recipe, residuals, dy_TD):
   sent, weights, weights_TK, layout, kept = residuals
-  w1, w2, w3 = (quantize_weight(w, recipe).mT for w in weights)
+  w1, w2, w3 = (_quantize(w, recipe).mT for w in weights)
   sent_dy = _rowwise(dy_TD, recipe.dispatch, recipe)
   dy = _permute(sent_dy, layout)
   dot = functools.partial(_dot, layout=layout, dtype=dy_TD.dtype)
@@ -135,6 +138,17 @@ def _bwd(recipe, residuals, dy_TD):
 
 
 _ffn.defvjp(_fwd, _bwd)
+
+
+def _quantize(w_EKN: jax.Array | Quantized, recipe: Recipe) -> Quantized:
+  """Codes that lie as the weight does.
+
+  Else XLA saves the transposition of a layer's codes by transposing the float32
+  weights of all layers beforehand, and back for what wants them as they were.
+  """
+  q = quantize_weight(w_EKN, recipe)
+  codes = layout_lib.with_layout_constraint(q.codes, _ROW_MAJOR)
+  return dataclasses.replace(q, codes=codes)
 
 
 def _rowwise(x: jax.Array, kept: Kept, recipe: Recipe) -> Quantized:
