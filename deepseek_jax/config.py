@@ -285,6 +285,7 @@ class FP8Config:
   dispatch_fmt: str = 'e4m3'  # Tokens sent to experts; see gradient_fmt.
   scale: str = 'float32'  # float32: amax / max; ceil, floor: powers of two.
   turned_scale: str = 'ceil'  # Of attention's output and of what is dispatched.
+  amax_history: int = 0  # Steps whose amax scales a tensor: delayed; 0: online.
   activation_tile: str = '1x128'
   weight_tile: str = '128x128'
   gradient_tile: str = '1x128'  # Of Dgrad; V3 saw 128x128 diverge.
@@ -304,6 +305,13 @@ class FP8Config:
     _choice(p + 'weight_tile', self.weight_tile, TILES[1:])
     _choice(p + 'accumulate', self.accumulate, ACCUMULATE)
     tiles = {self.activation_tile, self.weight_tile, self.gradient_tile}
+    _require(
+      self.amax_history == 0 or self.amax_history > 0 and tiles == {'tensor'},
+      p + 'amax_history',
+      self.amax_history,
+      'use 0, or a number of steps with all three tiles tensor: there is an '
+      'amax for each tensor, not for each tile',
+    )
     divides = self.promote > 0 and 128 % self.promote == 0
     _require(
       divides or tiles == {'tensor'} and self.promote >= 0,
@@ -582,6 +590,15 @@ class Config:
       f'data x fsdp x node x expert = {shards} devices share the sequences '
       f'of a micro-batch; use a multiple of {shards}, or a product among '
       f'{_divisors(micro, shards)}',
+    )
+    _require(
+      self.precision.fp8.amax_history == 0
+      or parallel.n_devices == 1
+      and not parallel.interleave,
+      'precision.fp8.amax_history',
+      self.precision.fp8.amax_history,
+      'histories are those of one device and of whole micro-batches; use 0, or '
+      f'no parallel.interleave and one device (now {parallel.n_devices})',
     )
     self._check_interleave()
 

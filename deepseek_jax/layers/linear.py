@@ -13,8 +13,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import PrecisionConfig
 from deepseek_jax.kernels import fp8
-from deepseek_jax.ops import fp8_linear, fp8_recipe, norms, quantize
+from deepseek_jax.ops import (
+  fp8_delayed,
+  fp8_linear,
+  fp8_recipe,
+  norms,
+  quantize,
+)
 from deepseek_jax.ops import swiglu as swiglu_lib
+from deepseek_jax.ops.fp8_delayed import Delayed
 from deepseek_jax.ops.fp8_linear import Input
 from deepseek_jax.ops.quantize import Quantized
 
@@ -38,6 +45,8 @@ def share(x: jax.Array | Input, precision: PrecisionConfig) -> Any:
   """`x` [..., D] for several `linear`s: with FP8 it is quantised once."""
   if not precision.fp8.enabled or isinstance(x, Input):
     return x
+  if precision.fp8.amax_history:
+    return x  # With delayed scales, each weight has its own of its input.
   return _quantize(x, recipe_of(precision))
 
 
@@ -56,7 +65,7 @@ def _quantize(x, recipe, saved=None, codes=None):
 
 def linear(
   x: Any,
-  w: jax.Array | Quantized,
+  w: jax.Array | Quantized | Delayed,
   role: str,
   precision: PrecisionConfig,
   axes: int = 1,
@@ -71,7 +80,7 @@ def linear(
     w: float32 master weights.  FP8 blocks lie on the [in, out] matrix, as in
       released checkpoints: they may span heads.  Quantised ones, of a converted
       checkpoint, are used as they are with FP8, else rounded to the dtype of
-      `x` here, at every use.
+      `x` here, at every use.  `Delayed` ones bring scales.
     role: name of the weight; see `fp8_recipe.of`.
     precision: of the model.
     axes: how many axes `in` are.
@@ -86,6 +95,13 @@ def linear(
     y = y_TF.reshape(*x.shape[: x.ndim - axes], *out)
     return checkpoint_name(y, role)
   recipe = recipe_of(precision, role)
+  if isinstance(w, Delayed):
+    if isinstance(x, Input):  # Of SwiGLU.
+      x, saved = x.x_TD, x.saved
+    matrix = Delayed(w.w.reshape(D, -1), w.amax)
+    y_TF = fp8_delayed.linear(x.reshape(-1, D), matrix, recipe, saved)
+    lead = x.shape[: x.ndim - axes]
+    return checkpoint_name(y_TF.reshape(*lead, *out), role)
   if not isinstance(x, Input):
     x = _quantize(x.reshape(*x.shape[: x.ndim - axes], D), recipe, saved)
   flat = x._replace(x_TD=x.x_TD.reshape(-1, D))

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.ops import experts, fp8_matmul, quantize
+from deepseek_jax.ops import experts, fp8_delayed, fp8_matmul, quantize
 from deepseek_jax.ops.experts import Permutation
 from deepseek_jax.ops.formats import Format
+from deepseek_jax.ops.fp8_delayed import Delayed
 from deepseek_jax.ops.fp8_linear import quantize_weight
 from deepseek_jax.ops.fp8_recipe import Recipe
 from deepseek_jax.ops.quantize import Quantized
@@ -65,9 +66,9 @@ def _inside(rows: _Rows, i: jax.Array) -> jax.Array:
 
 def expert_ffn(
   x_TD: jax.Array,
-  w1_EDF: jax.Array | Quantized,
-  w2_EFD: jax.Array | Quantized,
-  w3_EDF: jax.Array | Quantized,
+  w1_EDF: jax.Array | Quantized | Delayed,
+  w2_EFD: jax.Array | Quantized | Delayed,
+  w3_EDF: jax.Array | Quantized | Delayed,
   expert_ids_TK: jax.Array,
   weights_TK: jax.Array,
   recipe: Recipe,
@@ -77,7 +78,8 @@ def expert_ffn(
   Args:
     x_TD: tokens, compute dtype.  Tokens that arrive in the form of
       `recipe.dispatch` are left as they are.
-    w1_EDF: float32 master weights, as the other two, or quantised ones.
+    w1_EDF: float32 master weights, as the other two, or quantised ones, or with
+      delayed scales: then all rows have one, and all experts.
     w2_EFD: down projections.
     w3_EDF: up projections.
     expert_ids_TK: int32; E is no expert.
@@ -98,24 +100,25 @@ def _ffn(x_TD, weights, weights_TK, permutation, recipe):
 def _fwd(x_TD, weights, weights_TK, permutation, recipe):
   rows = _make_rows(weights_TK, permutation)
   sent = checkpoint_name(recipe.dispatch.quantize(x_TD).raw, 'linear_in')
-  y, kept = _forward(sent, weights, rows, recipe, x_TD.dtype)
-  kept = checkpoint_name(kept, 'ffn_up')
+  kept = _forward(sent, weights, rows, recipe, x_TD.dtype)
+  y, kept = kept[0], checkpoint_name(kept[1:], 'ffn_up')
   residuals = sent, weights, weights_TK, permutation, kept
   return experts.unpermute(y, permutation), residuals
 
 
 def _bwd(recipe, residuals, dy_TD):
-  sent, weights, weights_TK, permutation, kept = residuals
+  sent, weights, weights_TK, permutation, (kept, found) = residuals
   rows = _make_rows(weights_TK, permutation)
   dy = recipe.dispatch_gradient.quantize(dy_TD).raw
-  dx, dinputs, dweights = _input_grad(
+  dx, dinputs, dweights, dfound = _input_grad(
     dy, weights, kept, rows, recipe, dy_TD.dtype
   )
   dws = (None,) * 3
   if not isinstance(weights[0], Quantized):
-    shapes = [w.shape for w in weights]
-    dws = _weight_grad(sent, dy, kept, dinputs, rows, recipe, shapes)
+    dws = _weight_grad(sent, dy, kept, dinputs, rows, recipe, weights)
     dws = tuple(dw.astype(w.dtype) for dw, w in zip(dws, weights))
+  if found:
+    dws = _with_found(dws, weights, (_seen(sent), *found), (_seen(dy), *dfound))
   return (
     experts.unpermute(dx, permutation),
     dws,
@@ -127,38 +130,55 @@ def _bwd(recipe, residuals, dy_TD):
 _ffn.defvjp(_fwd, _bwd)
 
 
+def _with_found(dws, weights, found, dfound):
+  """Delayed gradients: the amaxes of x and hidden, of dy, dgate and dup."""
+  (x, hidden), (dy, dgate, dup) = found, dfound
+  operands = (x, dgate), (hidden, dy), (x, dup)
+  return tuple(
+    Delayed(dw, jnp.stack([a, fp8_delayed.seen(w.w), b]))
+    for dw, w, (a, b) in zip(dws, weights, operands)
+  )
+
+
 def _forward(sent, weights, rows, recipe, dtype):
-  """Output rows [R + block, D], and codes of SwiGLU's two inputs."""
-  w1, w2, w3 = (quantize_weight(w, recipe).raw for w in weights)
+  """Output rows [R + block, D], codes of SwiGLU's two inputs, amaxes seen."""
+  w1, w2, w3 = (_weight(w, recipe) for w in weights)
+  x_amax, hidden_amax, _ = _amaxes(weights, 0)
   dot = functools.partial(fp8_matmul.dot, accumulation=recipe.accumulation)
   operand = functools.partial(
     operand_of, tile=recipe.activation_tile, fmt=recipe.fmt, scale=recipe.scale
   )
 
   def body(i, carry):
-    y, *kept = carry
+    *old, found = carry
     start, e = rows.start[i], rows.expert[i]
     inside = _inside(rows, i)
-    x = operand(_take(sent, rows, start), inside=inside)
+    x = operand(_take(sent, rows, start), inside=inside, amax=x_amax)
     inputs = [dot(x, _at(w, e)).astype(dtype) for w in (w1, w3)]
-    hidden = _hidden(*inputs) * _cut(rows.gate, start)
-    y_i = dot(operand(hidden.astype(dtype), inside=inside), _at(w2, e))
+    hidden = (_hidden(*inputs) * _cut(rows.gate, start)).astype(dtype)
+    y_i = dot(operand(hidden, inside=inside, amax=hidden_amax), _at(w2, e))
     y_i = jnp.where(inside, y_i, 0)
     new = [recipe.swiglu.quantize(v).raw for v in inputs]
-    return tuple(_put(old, v, start) for old, v in zip(carry, (y_i, *new)))
+    new = [_put(v, w, start) for v, w in zip(old, (y_i, *new))]
+    return *new, _see(found, [hidden], inside)
 
   R, (F, D) = rows.token.size, w2.shape[1:]
   shape = jax.ShapeDtypeStruct((R, F), dtype)
   empty = jax.eval_shape(lambda x: recipe.swiglu.quantize(x).raw, shape)
   empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), empty)
-  carry = jnp.zeros((R, D), dtype), empty, empty
-  y, *kept = lax.fori_loop(0, rows.count, body, carry)
-  return y, tuple(kept)
+  found = _nothing_seen(weights, 1)
+  carry = jnp.zeros((R, D), dtype), empty, empty, found
+  y, *kept, found = lax.fori_loop(0, rows.count, body, carry)
+  return y, tuple(kept), found
 
 
 def _input_grad(sent_dy, weights, kept, rows, recipe, dtype):
-  """Gradients of the rows of x, of SwiGLU's inputs, and of the gate weights."""
-  w1, w2, w3 = (quantize_weight(w, recipe).raw.mT for w in weights)
+  """Gradients of the rows of x, of SwiGLU's inputs, and of the gate weights.
+
+  And the amaxes seen of SwiGLU's.
+  """
+  w1, w2, w3 = (_weight(w, recipe).mT for w in weights)
+  gate_amax, dy_amax, up_amax = _amaxes(weights, 2)
   dot = functools.partial(fp8_matmul.dot, accumulation=recipe.accumulation)
   operand = functools.partial(
     operand_of,
@@ -168,28 +188,34 @@ def _input_grad(sent_dy, weights, kept, rows, recipe, dtype):
   )
 
   def body(i, carry):
+    *old, found = carry
     start, e = rows.start[i], rows.expert[i]
     inside = _inside(rows, i)
-    dy = operand(_take(sent_dy, rows, start), inside=inside)
+    dy = operand(_take(sent_dy, rows, start), inside=inside, amax=dy_amax)
     dhidden = dot(dy, _at(w2, e))
     inputs = [_cut(q, start).dequantize() for q in kept]
     hidden, vjp = jax.vjp(_hidden, *inputs)
     dweight = jnp.sum(hidden * dhidden, -1, keepdims=True)
     dinputs = [v.astype(dtype) for v in vjp(dhidden * _cut(rows.gate, start))]
-    codes = [operand(v, inside=inside) for v in dinputs]
+    codes = [
+      operand(v, inside=inside, amax=amax)
+      for v, amax in zip(dinputs, (gate_amax, up_amax))
+    ]
     dx = dot(codes[0], _at(w1, e)) + dot(codes[1], _at(w3, e))
     new = jnp.where(inside, dx, 0), *dinputs, jnp.where(inside, dweight, 0)
-    return tuple(_put(old, v, start) for old, v in zip(carry, new))
+    new = [_put(v, w, start) for v, w in zip(old, new)]
+    return *new, _see(found, dinputs, inside)
 
   R, (D, F) = rows.token.size, w2.shape[1:]
   shapes = (R, D), (R, F), (R, F), (R, 1)
   dtypes = dtype, dtype, dtype, jnp.float32
-  carry = tuple(jnp.zeros(*each) for each in zip(shapes, dtypes))
-  dx, *dinputs, dweights = lax.fori_loop(0, rows.count, body, carry)
-  return dx, tuple(dinputs), dweights
+  carry = [jnp.zeros(*each) for each in zip(shapes, dtypes)]
+  carry = *carry, _nothing_seen(weights, 2)
+  dx, *dinputs, dweights, found = lax.fori_loop(0, rows.count, body, carry)
+  return dx, tuple(dinputs), dweights, found
 
 
-def _weight_grad(sent, sent_dy, kept, dinputs, rows, recipe, shapes):
+def _weight_grad(sent, sent_dy, kept, dinputs, rows, recipe, weights):
   """float32 gradients of w1, w2 and w3, from operands in tiles along tokens.
 
   A loop of its own, so that a pipeline can defer it (V3 section 3.2.1).
@@ -197,6 +223,8 @@ def _weight_grad(sent, sent_dy, kept, dinputs, rows, recipe, shapes):
   is_whole = recipe.gradient_tile == quantize.WHOLE
   how = {'tile': quantize.WHOLE if is_whole else quantize.COLUMN_TILE}
   how |= {'scale': recipe.scale}
+  x_amax, hidden_amax, _ = _amaxes(weights, 0)
+  gate_amax, dy_amax, up_amax = _amaxes(weights, 2)
   dot = functools.partial(fp8_matmul.dot, accumulation=recipe.accumulation)
 
   def body(i, carry):
@@ -208,19 +236,22 @@ def _weight_grad(sent, sent_dy, kept, dinputs, rows, recipe, shapes):
     gradient = functools.partial(
       operand_of, fmt=recipe.gradient_fmt, inside=inside, **how
     )
-    x = activation(_take(sent, rows, start)).mT
+    x = activation(_take(sent, rows, start), amax=x_amax).mT
     hidden = _hidden(*(_cut(q, start).dequantize() for q in kept))
     hidden = hidden * _cut(rows.gate, start)
-    hidden = activation(hidden.astype(dinputs[0].dtype)).mT
-    dgate, dup = (gradient(_cut(v, start)) for v in dinputs)
-    dy = gradient(_take(sent_dy, rows, start))
+    hidden = activation(hidden.astype(dinputs[0].dtype), amax=hidden_amax).mT
+    dgate, dup = (
+      gradient(_cut(v, start), amax=amax)
+      for v, amax in zip(dinputs, (gate_amax, up_amax))
+    )
+    dy = gradient(_take(sent_dy, rows, start), amax=dy_amax)
     products = dot(x, dgate), dot(hidden, dy), dot(x, dup)
     return tuple(
       lax.dynamic_update_index_in_dim(dw, _at(dw, e) + product, e, 0)
       for dw, product in zip(carry, products)
     )
 
-  carry = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
+  carry = tuple(jnp.zeros(w.shape, jnp.float32) for w in weights)
   return lax.fori_loop(0, rows.count, body, carry)
 
 
@@ -230,13 +261,48 @@ def operand_of(
   fmt: Format,
   scale: str,
   inside: jax.Array,
+  amax: jax.Array | None = None,
 ) -> Quantized:
   """A block of rows in the form that a product takes; 0 where not `inside`."""
   if isinstance(x, Quantized):
     if (x.tile, x.fmt) == (tile, fmt):
       return x
     x = x.dequantize()
-  return quantize.quantize(jnp.where(inside, x, 0), tile, fmt, scale)
+  x = jnp.where(inside, x, 0)
+  if amax is not None:
+    return fp8_delayed.quantize(x, amax, fmt, scale)
+  return quantize.quantize(x, tile, fmt, scale)
+
+
+def _weight(w, recipe) -> Quantized:
+  """All experts' operand of Fprop."""
+  if isinstance(w, Delayed):
+    return fp8_delayed.quantize_weight(w, recipe)
+  return quantize_weight(w, recipe).raw
+
+
+def _amaxes(weights, i) -> list[jax.Array | None]:
+  """What delayed scaling has for an operand of each weight; None: online."""
+  return [w.amax[i] if isinstance(w, Delayed) else None for w in weights]
+
+
+def _nothing_seen(weights, count) -> tuple[jax.Array, ...]:
+  """Amaxes before the first block; none with online scales."""
+  is_delayed = isinstance(weights[0], Delayed)
+  return (jnp.zeros((), jnp.float32),) * (count * is_delayed)
+
+
+def _see(found, arrays, inside) -> tuple[jax.Array, ...]:
+  """`found`, and a block's."""
+  return tuple(
+    jnp.maximum(amax, fp8_delayed.seen(jnp.where(inside, x, 0)))
+    for amax, x in zip(found, arrays)
+  )
+
+
+def _seen(sent) -> jax.Array:
+  """The amax of what was sent."""
+  return fp8_delayed.seen(sent.dequantize())
 
 
 def _hidden(gate_F, up_F):

@@ -1,12 +1,12 @@
 """Checkpoints with orbax, and the lock that keeps two runs out of one workdir.
 
 A checkpoint `workdir/checkpoints/<step>` holds all that the rest of the run
-depends on: `model` (parameters and router biases), `opt_state`, `ema` (when
-it is kept) and `meta` (step, position in the data, config).  No RNG state: all
-seeds derive from (seed, step).  It is written beside the training step into a
-temporary directory and renamed when complete, so that a killed run leaves the
-previous checkpoint valid.  Arrays are stored with their global shapes and come
-back on any sharding.  Nothing is pickled.
+depends on: `model` (parameters and router biases), `opt_state`, `amax` and
+`ema` (where there are such) and `meta` (step, position in the data, config).
+No RNG state: all seeds derive from (seed, step).  It is written beside the
+training step into a temporary directory and renamed when complete, so that a
+killed run leaves the previous checkpoint valid.  Arrays are stored with their
+global shapes and come back on any sharding.  Nothing is pickled.
 """
 
 import contextlib
@@ -31,7 +31,12 @@ from deepseek_jax.training import state as state_lib
 _ABSENT = '(absent)'
 # A change of these leaves changes the shape, the type or the meaning of what is
 # stored; every other leaf may change between two starts, and is logged.
-_FIXED = ('model.', 'precision.mu_dtype', 'precision.nu_dtype')
+_FIXED = (
+  'model.',
+  'precision.mu_dtype',
+  'precision.nu_dtype',
+  'precision.fp8.amax_history',
+)
 
 
 @contextlib.contextmanager
@@ -124,6 +129,8 @@ class Checkpointer:
     }
     if ema is not None:
       items['ema'] = ocp.args.StandardSave(ema)
+    if state.amax:
+      items['amax'] = ocp.args.StandardSave(state.amax)
     saved = self._manager.save(step, args=ocp.args.Composite(**items))
     assert saved, f'step {step} is not after {self.latest_step()}'
 
@@ -167,10 +174,13 @@ class Checkpointer:
     if meta['has_ema']:
       saved = self._manager.item_metadata(step)['ema'].tree
       items['ema'] = ocp.args.StandardRestore(_average(like, saved))
+    if like.amax:
+      items['amax'] = ocp.args.StandardRestore(_abstract(like.amax))
     read = self._manager.restore(step, args=ocp.args.Composite(**items))
     state = state_lib.TrainState(
       step=jax.device_put(np.int32(meta['step']), _sharding(like.step)),
       opt_state=read.opt_state,
+      amax=read.amax if like.amax else {},
       **read.model,
     )
     return state, meta['data_state'], read.ema if meta['has_ema'] else None
@@ -260,6 +270,7 @@ def _manager(workdir, **options):
       'model': ocp.StandardCheckpointHandler(),
       'opt_state': ocp.StandardCheckpointHandler(),
       'ema': ocp.StandardCheckpointHandler(),
+      'amax': ocp.StandardCheckpointHandler(),
       'meta': ocp.JsonCheckpointHandler(),
     },
     options=ocp.CheckpointManagerOptions(**options),

@@ -91,6 +91,7 @@ class Layout:
       params=params,
       router_state=jax.tree.map(lambda _: self.replicated, like.router_state),
       opt_state=jax.tree.map(place, like.opt_state, is_leaf=matches),
+      amax=jax.tree.map(lambda _: self.replicated, like.amax),
     )
 
   def per_device(

@@ -19,9 +19,11 @@ class TrainState:
     router_state: float32 router biases (V3 section 2.1.2), which the optimizer
       never sees.
     opt_state: optax state; moments in `precision.mu_dtype` and `nu_dtype`.
+    amax: histories of delayed FP8 scaling, see `delayed.py`; else empty.
   """
 
   step: jax.Array
   params: Any
   router_state: Any
   opt_state: Any
+  amax: Any = flax.struct.field(default_factory=dict)

@@ -20,8 +20,8 @@ from deepseek_jax.models import deepseek
 from deepseek_jax.ops import losses, routing
 from deepseek_jax.parallel import mesh as mesh_lib
 from deepseek_jax.parallel import sharding
+from deepseek_jax.training import delayed, optimizer, pipelined
 from deepseek_jax.training import layout as layout_lib
-from deepseek_jax.training import optimizer, pipelined
 from deepseek_jax.training.layout import Layout
 from deepseek_jax.training.schedules import Hyper
 from deepseek_jax.training.state import TrainState
@@ -75,14 +75,17 @@ def abstract_state(
   layout: Layout | None = None,
 ) -> TrainState:
   """The shapes, dtypes and shardings of `init_state`."""
-  return _abstract_state(declare(model), tx, layout)
+  return _abstract_state(declare(model), model.precision.fp8, tx, layout)
 
 
-def _abstract_state(declared, tx, layout):
+def _abstract_state(declared, fp8, tx, layout):
   variables = nn.meta.unbox(declared)
-  opt_state = jax.eval_shape(tx.init, variables['params'])
+  params = variables['params']
   state = TrainState(
-    step=jax.ShapeDtypeStruct((), jnp.int32), opt_state=opt_state, **variables
+    step=jax.ShapeDtypeStruct((), jnp.int32),
+    opt_state=jax.eval_shape(tx.init, params),
+    amax=jax.eval_shape(lambda tree: delayed.histories(tree, fp8), params),
+    **variables,
   )
   if layout is None:
     return state
@@ -101,7 +104,7 @@ def init_state(
 ) -> TrainState:
   """The state before the first step."""
   declared = declare(model)  # Once, for it takes a second.
-  like = _abstract_state(declared, tx, layout)
+  like = _abstract_state(declared, model.precision.fp8, tx, layout)
   shardings = jax.tree.map(lambda x: x.sharding, like)
   placed = {'params': shardings.params, 'router_state': shardings.router_state}
   variables = params_lib.materialise(declared, seed, placed if layout else None)
@@ -234,7 +237,9 @@ def _accumulate(
     return grad_fn(params, first)
 
   def body(total, micro_batch):
-    return jax.tree.map(jnp.add, total, grad_fn(params, micro_batch)), None
+    grads, aux = grad_fn(params, micro_batch)
+    both = delayed.add(total[0], grads), jax.tree.map(jnp.add, total[1], aux)
+    return both, None
 
   shapes = jax.eval_shape(grad_fn, params, first)
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
@@ -335,9 +340,9 @@ def make_train_step(
 
   def train_step(state, batch, hyper):
     totals = batch_totals(batch, config)
-    grads, aux = gradients(
-      state.params, state.router_state, batch, hyper, totals
-    )
+    params = delayed.attach(state.params, state.amax)
+    grads, aux = gradients(params, state.router_state, batch, hyper, totals)
+    grads, amax = delayed.detach(grads, state.amax)
     stats = aux.pop('stats')
     updates, opt_state = tx.update(
       grads, state.opt_state, state.params, lr=hyper.lr
@@ -349,6 +354,7 @@ def make_train_step(
         state.router_state, stats, hyper, config
       ),
       opt_state=opt_state,
+      amax=amax,
     )
     metrics = {
       **aux,
