@@ -38,7 +38,6 @@ class Program(NamedTuple):
     arguments: bytes on one device that live across calls.
     temporary: bytes that it allocates in addition, at its peak.
     collectives: all of them.
-    beside: by the name of each, what surrounds it.
     lowering: seconds.
     compiling: seconds.
   """
@@ -47,7 +46,6 @@ class Program(NamedTuple):
   arguments: int
   temporary: int
   collectives: list[hlo.Collective]
-  beside: dict[str, overlap.Beside]
   lowering: float
   compiling: float
 
@@ -148,13 +146,11 @@ def _compile(
   ended = time.perf_counter()
   text, sizes = compiled.as_text(), compiled.memory_analysis()
   mesh = dict(layout.mesh.shape) if layout else {}
-  program = hlo.parse(text)
   return Program(
     text,
     sizes.argument_size_in_bytes,
     sizes.temp_size_in_bytes,
-    hlo.collectives(program, mesh) if layout else [],
-    overlap.beside(program) if layout else {},
+    hlo.collectives(hlo.parse(text), mesh) if layout else [],
     traced - started,
     ended - traced,
   )
@@ -216,9 +212,10 @@ def describe_overlap(program: Program) -> str:
     '| in | over | collective | of | MB sent | beside | scheduled | all |',
     '|---|---|---|---|---:|---:|---:|---:|',
   ]
+  beside = overlap.beside(hlo.parse(program.hlo))
   for c in program.collectives:
     if c.is_counted:
-      around = program.beside[c.name]
+      around = beside[c.name]
       works = around.free, around.hidden, around.whole
       cells = (
         around.computation,
