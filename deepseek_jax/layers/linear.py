@@ -87,27 +87,26 @@ def linear(
     saved: what is kept of `x` for the backward pass already, if anything.
   """
   D, out = math.prod(w.shape[:axes]), w.shape[axes:]
+  lead = x.shape[: len(x.shape) - axes]
   if not precision.fp8.enabled:
     # Of matrices, not of higher ranks: the gradient by `w` would contract two
     # dimensions, for which XLA transposes both operands in memory.
     w_DF = quantize.dense(w, x.dtype, axes).reshape(D, -1)
     y_TF = x.reshape(-1, D) @ w_DF
-    y = y_TF.reshape(*x.shape[: x.ndim - axes], *out)
-    return checkpoint_name(y, role)
-  recipe = recipe_of(precision, role)
-  if isinstance(w, Delayed):
+  elif isinstance(w, Delayed):
     if isinstance(x, Input):  # Of SwiGLU.
       x, saved = x.x_TD, x.saved
-    matrix = Delayed(w.w.reshape(D, -1), w.amax)
-    y_TF = fp8_delayed.linear(x.reshape(-1, D), matrix, recipe, saved)
-    lead = x.shape[: x.ndim - axes]
-    return checkpoint_name(y_TF.reshape(*lead, *out), role)
-  if not isinstance(x, Input):
-    x = _quantize(x.reshape(*x.shape[: x.ndim - axes], D), recipe, saved)
-  flat = x._replace(x_TD=x.x_TD.reshape(-1, D))
-  w_DF = w.matrix(D) if isinstance(w, Quantized) else w.reshape(D, -1)
-  y_TF = fp8_linear.fp8_linear(flat, w_DF, recipe)
-  return checkpoint_name(y_TF.reshape(*x.x_TD.shape[:-1], *out), role)
+    w_DF = Delayed(w.w.reshape(D, -1), w.amax)
+    recipe = recipe_of(precision, role)
+    y_TF = fp8_delayed.linear(x.reshape(-1, D), w_DF, recipe, saved)
+  else:
+    recipe = recipe_of(precision, role)
+    if not isinstance(x, Input):
+      x = _quantize(x.reshape(-1, D), recipe, saved)
+    x = x._replace(x_TD=x.x_TD.reshape(-1, D))
+    w_DF = w.matrix(D) if isinstance(w, Quantized) else w.reshape(D, -1)
+    y_TF = fp8_linear.fp8_linear(x, w_DF, recipe)
+  return checkpoint_name(y_TF.reshape(*lead, *out), role)
 
 
 def swiglu(gate: jax.Array, up: jax.Array, precision: PrecisionConfig) -> Any:
