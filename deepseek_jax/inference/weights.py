@@ -4,12 +4,11 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.models import deepseek
-from deepseek_jax.ops import quantize
+from deepseek_jax.ops import cached_attention, quantize
 from deepseek_jax.ops.quantize import Quantized
 from deepseek_jax.parallel import rules
 
@@ -95,7 +94,5 @@ def _absorb(tree, dtype, nope):
   tree = {name: _absorb(inner, dtype, nope) for name, inner in tree.items()}
   if 'wkv_b' in tree:
     wkv_b = quantize.dense(tree['wkv_b'], dtype)
-    w_uk, w_uv = jnp.split(wkv_b, [nope], -1)
-    tree['w_uk'] = w_uk.transpose(1, 2, 0)
-    tree['w_uv'] = w_uv.transpose(1, 0, 2)
+    tree['w_uk'], tree['w_uv'] = cached_attention.absorbed(wkv_b, nope)
   return tree

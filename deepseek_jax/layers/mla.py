@@ -164,8 +164,7 @@ class MLA(nn.Module):
     if self.has_variable('params', 'w_uk'):  # By inference/weights.py.
       return tuple(self.get_variable('params', n) for n in ('w_uk', 'w_uv'))
     wkv_b = quantize.dense(wkv_b, dtype)
-    w_uk, w_uv = jnp.split(wkv_b, [self.config.mla.qk_nope_head_dim], -1)
-    return w_uk.transpose(1, 2, 0), w_uv.transpose(1, 0, 2)
+    return cached_attention.absorbed(wkv_b, self.config.mla.qk_nope_head_dim)
 
 
 def _join(x, y):

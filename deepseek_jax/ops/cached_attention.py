@@ -77,6 +77,17 @@ def attend_rows(
   return out_BnTrU.swapaxes(1, 2).reshape(B, T, N, -1)
 
 
+def absorbed(
+  wkv_b_CNX: jax.Array, nope_head_dim: int
+) -> tuple[jax.Array, jax.Array]:
+  """W_UK [N, H, C] and W_UV [N, C, U], before and after `attend_latents`.
+
+  `wkv_b` makes both of a latent: X is H + U, H the `nope_head_dim`.
+  """
+  w_uk, w_uv = jnp.split(wkv_b_CNX, [nope_head_dim], -1)
+  return w_uk.transpose(1, 2, 0), w_uv.transpose(1, 0, 2)
+
+
 def attend_latents(
   q_BTNX: jax.Array,
   cache_BSX: jax.Array,
