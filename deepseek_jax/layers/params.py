@@ -1,5 +1,6 @@
 """How a parameter is declared, and how all of them get their first values."""
 
+import collections
 import functools
 import zlib
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+_AHEAD = 2  # Parameters that are drawn before their turn.
 
 
 @flax.struct.dataclass
@@ -84,10 +87,16 @@ def materialise(abstract: Any, seed: int, shardings: Any = None) -> Any:
   else:
     placed = tree.flatten_up_to(shardings)
   with futures.ThreadPoolExecutor() as pool:
-    # Threads draw the next ones while this one hands the first to JAX.
-    begun = [begin(*leaf, where) for leaf, where in zip(leaves, placed)]
-    begun.reverse()
-    return tree.unflatten([begun.pop()() for _ in leaves])
+    # Threads draw the next ones while this one hands the first to JAX: few, as
+    # the host may not have memory for all.
+    begun, done = collections.deque(), []
+    for leaf, where in zip(leaves, placed):
+      begun.append(begin(*leaf, where))
+      if len(begun) > _AHEAD:
+        done.append(begun.popleft()())
+    while begun:
+      done.append(begun.popleft()())
+    return tree.unflatten(done)
 
 
 def constant(
