@@ -27,11 +27,10 @@ from deepseek_jax.training import (
   throughput,
 )
 from deepseek_jax.training import state as state_lib
+from tests.records import without_speeds
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _STEPS, _SAVE_EVERY = 60, 10
-# All of a record but how fast the machine was.
-_SPEEDS = ('step_seconds', 'tokens_per_second', 'mfu')
 
 
 @pytest.fixture(scope='module')
@@ -73,10 +72,7 @@ def reference(folder):
 
 
 def _records(workdir):
-  return [
-    {k: v for k, v in record.items() if k not in _SPEEDS}
-    for record in metrics.read(workdir)
-  ]
+  return without_speeds(metrics.read(workdir))
 
 
 def _last_step(workdir):

@@ -14,6 +14,7 @@ import pytest
 
 from deepseek_jax.training import checkpoint, metrics
 from tests import tolerances
+from tests.records import without_speeds
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _TRAIN = (
@@ -63,11 +64,7 @@ def _run(workdir, steps, *arguments, launch=()):
 
 def _numbers(workdir):
   """What does not depend on the machine's speed, of each step."""
-  speeds = ('step_seconds', 'tokens_per_second')
-  return [
-    {k: v for k, v in row.items() if k not in speeds}
-    for row in metrics.read(workdir)
-  ]
+  return without_speeds(metrics.read(workdir))
 
 
 @pytest.mark.slow
