@@ -42,6 +42,9 @@ def join(config: config_lib.ParallelConfig) -> None:
     _use_cpu_devices(config.cpu_devices)
   if config.num_processes == 1 or jax.distributed.is_initialized():
     return
+  # Of CPUs alone: a GPU's stream orders what is dispatched.  Here a program
+  # ends before the next begins, so that no two programs' collectives can mix.
+  jax.config.update('jax_cpu_enable_async_dispatch', False)
   # JAX waits in silence, and aborts after five minutes.
   patience = threading.Timer(_PATIENCE_SECONDS, _say_who_is_missed, [config])
   patience.start()
