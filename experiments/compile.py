@@ -5,11 +5,11 @@
     python -m experiments.compile --preset=deepseek_v2_lite --parallel.fsdp=8 \
       --train.micro_batch_size=8 --data.batch_size=8 --topology=h200
 
-Prints the memory of each device beside the planner's, what crosses each axis of
-the mesh, and how long compiling took.  Of loops whose length is decided at run
-time (further rounds of the experts) one pass is counted.  The devices are
-`--parallel`'s; JAX's CUDA plugin is needed, not CUDA: see
-deepseek_jax/parallel/topology.py.
+Prints the kernels that were chosen, the memory of each device beside the
+planner's, what crosses each axis of the mesh, and how long compiling took.  Of
+loops whose length is decided at run time (further rounds of the experts) one
+pass is counted.  The devices are `--parallel`'s; JAX's CUDA plugin is needed,
+not CUDA: see deepseek_jax/parallel/topology.py.
 """
 
 from absl import flags as absl_flags
@@ -29,6 +29,7 @@ flags.define(default_preset='deepseek_v3')
 
 def main() -> None:
   """Compiles and prints."""
+  from deepseek_jax.kernels import dispatch
   from deepseek_jax.parallel import topology
   from deepseek_jax.training import ahead
 
@@ -37,7 +38,8 @@ def main() -> None:
     devices = topology.topology(_TOPOLOGY.value, config.parallel.n_devices)
   except RuntimeError as error:  # What to install.
     raise ValueError(str(error)) from error
-  program = getattr(ahead, _WHAT.value)(config, devices)
+  with dispatch.told(print):
+    program = getattr(ahead, _WHAT.value)(config, devices)
   if _HLO.value:
     with open(_HLO.value, 'w') as file:
       file.write(program.hlo)

@@ -43,7 +43,8 @@ def main() -> None:
     raise ValueError(f'--workdir={workdir}: no such directory')
   from deepseek_jax.data import pipeline, tokenizer
   from deepseek_jax.evaluation import run
-  from deepseek_jax.training import state
+  from deepseek_jax.kernels import dispatch
+  from deepseek_jax.training import state, step_log
   from deepseek_jax.training import trained as trained_lib
 
   changes = {
@@ -62,7 +63,8 @@ def main() -> None:
     corpus = pipeline.load(config.data, config.model.vocab_size)
   evaluate = run.make_evaluate(trained.model, config, corpus, trained.layout)
   final = state.TrainState(step=trained.step, opt_state={}, **trained.variables)
-  results = {'step': trained.step, 'ema': _EMA.value, **evaluate(final)}
+  with dispatch.told(step_log.say):
+    results = {'step': trained.step, 'ema': _EMA.value, **evaluate(final)}
   for name, value in results.items():
     shown = f'{value:.4f}' if type(value) is float else value
     print(f'{name:24}{shown!s:>10}')

@@ -224,7 +224,16 @@ def main() -> None:
   if not workdir.is_dir():
     raise ValueError(f'--workdir={workdir}: no such directory')
   prompts = _prompts()
+  from deepseek_jax.kernels import dispatch
+  from deepseek_jax.training import step_log
+
   generator = Generator(workdir)
+  with dispatch.told(step_log.say):
+    _answer(generator, workdir, prompts)
+
+
+def _answer(generator, workdir, prompts):
+  """To the terminal, as the flags say."""
   if _INTERACTIVE.value:
     from deepseek_jax.inference import chat
 

@@ -23,8 +23,11 @@ def main() -> None:
   workdir = _WORKDIR.value or f'runs/{absl_flags.FLAGS.preset}'
   # After the flags are known to be right: JAX takes seconds to import.
   from deepseek_jax.evaluation import run
+  from deepseek_jax.kernels import dispatch
+  from deepseek_jax.training import step_log
 
-  run.train(config, workdir, base)
+  with dispatch.told(step_log.say):
+    run.train(config, workdir, base)
 
 
 if __name__ == '__main__':

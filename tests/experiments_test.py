@@ -11,6 +11,7 @@ from tests import tolerances
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _ARMS = ('gamma=0.001', 'gamma=0')
+_NO_KERNELS = 'kernels: none: the device is a cpu'
 
 
 def _command(program, *arguments):
@@ -76,6 +77,7 @@ def test_evaluates_as_the_run_did(swept):
   run = _runs(workdir)[0]
   status, output, errors = _command('eval', f'--workdir={run}')
   assert status == 0, errors
+  assert errors.splitlines().count(_NO_KERNELS) == 1
   *lines, last = output.splitlines()
   results = json.loads(last)
   record = json.loads((run / 'metrics.jsonl').read_text().splitlines()[-1])
@@ -148,6 +150,7 @@ def test_continues_the_prompt(swept):
   assert status == 0, errors
   assert output.startswith('def f')
   assert len(output) > len('def f\n')
+  assert errors.splitlines().count(_NO_KERNELS) == 1
 
 
 @pytest.mark.slow

@@ -102,7 +102,8 @@ class FP8Test(Kernels):
   def test_dot(self, mode, tile, shape):
     if mode == 'lower':
       for M, K, N in (
-        (4096, 7168, 2112), (4096, 16384, 7168), (8192, 2048, 10944)
+        (4096, 7168, 2112), (4096, 16384, 7168), (8192, 2048, 10944),
+        (4096, 576, 7168), (8192, 10944, 2048),  # Not whole blocks of K.
       ):  # fmt: skip
         a, b = codes((M, K), ROW_TILE), codes((N, K), tile[::-1])
         f = functools.partial(fp8_matmul.dot, dtype=BF16, **KERNEL)

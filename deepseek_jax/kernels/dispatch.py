@@ -9,12 +9,14 @@ in `ops/`, and one argument more: `implementation`.
   'mosaic_gpu'  the kernel; what hinders it is an error, except for the device:
                 a program may be lowered for, or interpreted without, a GPU
 
-`--verbosity=0` prints every choice when a program is traced, beside the file of
-the kernel.
+Choices are made when a program is traced.  Runs print each kind of them once,
+by `told`; `--verbosity=0` prints every one, beside the file of the kernel.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging
@@ -23,6 +25,7 @@ from deepseek_jax.kernels import mosaic
 
 IMPLEMENTATIONS = ('xla', 'mosaic_gpu')
 _HOPPER = ('H100', 'H200', 'H800', 'H20', 'GH200')
+_LISTENER = contextvars.ContextVar('listener', default=None)
 
 
 class Choice(NamedTuple):
@@ -47,20 +50,53 @@ def requested(setting: str) -> str | None:
   return None if setting == 'auto' else setting
 
 
-def choose(implementation: str | None, obstacles: Sequence[str]) -> Choice:
+def choose(
+  implementation: str | None, obstacles: Sequence[str], op: str, *operands: Any
+) -> Choice:
   """Decides for one call.
 
   Args:
     implementation: what the caller asks for.
     obstacles: why the kernel cannot take these arguments; none: it can.
+    op: what is computed, for a person.
+    *operands: arrays, whose shapes are told.
 
   Raises:
     ValueError: for an unknown implementation, or a kernel that was asked for
       and cannot take the arguments.
   """
   choice = _choose(implementation, obstacles)
-  logging.info('%s: %s', *choice, stacklevel=2)
+  shapes = ' '.join('x'.join(map(str, x.shape)) for x in operands)
+  logging.info('%s %s: %s: %s', op, shapes, *choice, stacklevel=2)
+  listener = _LISTENER.get()
+  if listener is not None:
+    listener(op, shapes, choice)
   return choice
+
+
+@contextlib.contextmanager
+def told(say: Callable[[str], None]) -> Iterator[None]:
+  """Within it, choices that are made are told to `say`, a line each.
+
+  Of those with the same operation, implementation and reason only the first is
+  told; a device without kernels is told once.
+  """
+  told_before = set()
+
+  def listener(op, shapes, choice):
+    lacks = [] if choice.is_kernel else device_obstacles()
+    key, line = (op, *choice), f'{op} {shapes}: {": ".join(choice)}'
+    if lacks and all(lack in choice.reason for lack in lacks):
+      key = line = f'none: {"; ".join(lacks)}'
+    if key not in told_before:
+      told_before.add(key)
+      say(f'kernels: {line}')
+
+  token = _LISTENER.set(listener)
+  try:
+    yield
+  finally:
+    _LISTENER.reset(token)
 
 
 def _choose(implementation, obstacles):

@@ -36,7 +36,8 @@ def expert_ffn(
   implementation: str | None = None,
 ) -> jax.Array:
   """`ops.experts.expert_ffn`, by kernels where they can run."""
-  choice = dispatch.choose(implementation, obstacles(x_TD, w1_EDF))
+  found = obstacles(x_TD, w1_EDF)
+  choice = dispatch.choose(implementation, found, 'experts', x_TD, w1_EDF)
   weights = w1_EDF, w2_EFD, w3_EDF
   if not choice.is_kernel:
     return reference.expert_ffn(x_TD, *weights, expert_ids_TK, weights_TK)

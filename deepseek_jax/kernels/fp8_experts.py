@@ -67,7 +67,8 @@ def expert_ffn(
   """`ops.fp8_experts.expert_ffn`, by kernels where they can run."""
   weights = w1_EDF, w2_EFD, w3_EDF
   found = obstacles(x_TD, w1_EDF, recipe)
-  if not dispatch.choose(implementation, found).is_kernel:
+  choice = dispatch.choose(implementation, found, 'fp8 experts', x_TD, w1_EDF)
+  if not choice.is_kernel:
     return reference.expert_ffn(
       x_TD, *weights, expert_ids_TK, weights_TK, recipe
     )

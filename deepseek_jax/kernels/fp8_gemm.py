@@ -13,8 +13,10 @@ CUDA cores.  The two run out of step, one multiplying while the other promotes.
   narrow  128 x 128: each has 64 rows.  64 sums, 64 accumulators, and 32 for the
           scales of the columns in a weight gradient.  33 KiB a stage.
 
-An FP8 wgmma takes operands along K only: `b` is [N, K].  Rows, columns and K
-need not divide: TMA reads zeros, and writes nothing, beyond an edge.
+An FP8 wgmma takes operands along K only: `b` is [N, K].  Rows and columns need
+not divide: TMA reads zeros, and writes nothing, beyond an edge.  Along K its
+tiles are whole ones, so that zeros are appended to codes, as to the 576 columns
+of `wkv_a`'s output gradient: a copy, of megabytes.
 
 Groups.  With `Experts`, row i of tiles is of expert `of_block[i]`, and only the
 first `count` rows of tiles exist (groups of rows are padded to 128).  With
@@ -121,7 +123,8 @@ def multiply(
     shape: of the tile; None: the best.
   """
   a_MK, b_ENK = (
-    lax.bitcast_convert_type(v, jnp.float8_e4m3fn) for v in (a_MK, b_ENK)
+    lax.bitcast_convert_type(_whole_blocks(v), jnp.float8_e4m3fn)
+    for v in (a_MK, b_ENK)
   )
   M, K = a_MK.shape
   N = b_ENK.shape[1]
@@ -148,6 +151,15 @@ def multiply(
     grid_names=('sm',),
     warpgroups=3,
   )(*operands)
+
+
+def _whole_blocks(codes: jax.Array) -> jax.Array:
+  """Zeros are appended along the last axis, K, to a multiple of 128."""
+  missing = -codes.shape[-1] % BLOCK
+  if not missing:
+    return codes
+  codes = lax.bitcast_convert_type(codes, jnp.uint8)
+  return jnp.pad(codes, (*[(0, 0)] * (codes.ndim - 1), (0, missing)))
 
 
 def _stages(shape: Shape, dtype, has_column_scales: bool, K: int) -> int:

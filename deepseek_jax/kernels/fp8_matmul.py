@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.kernels import dispatch, fp8_gemm, mosaic
+from deepseek_jax.kernels import dispatch, fp8_gemm
 from deepseek_jax.ops import fp8_matmul as reference
 from deepseek_jax.ops.formats import E4M3
 from deepseek_jax.ops.fp8_matmul import Accumulation
@@ -40,9 +40,6 @@ def obstacles(
   sizes = *a.shape[-2:], b.shape[-1]
   if any(size % _ALIGNED for size in sizes) or sizes[0] < BLOCK:
     found.append(f'M, K, N = {sizes} are not multiples of {_ALIGNED}, M > 127')
-  if sizes[1] % BLOCK and not mosaic.is_interpreted():
-    # TMA has tiles of 128 columns only; the interpreter takes any.
-    found.append(f'K = {sizes[1]} is not a multiple of {BLOCK}')
   return found
 
 
@@ -59,7 +56,8 @@ def dot(
   should be the transposition (`mT`) of something that lies as [N, K].
   """
   found = obstacles(a, b, accumulation)
-  if not dispatch.choose(implementation, found).is_kernel:
+  choice = dispatch.choose(implementation, found, 'fp8 matmul', a, b)
+  if not choice.is_kernel:
     return reference.dot(a, b, accumulation, dtype)
   b_scales = b.scales if b.tile == COLUMN_TILE else b.scales.mT[None]
   return fp8_gemm.multiply(

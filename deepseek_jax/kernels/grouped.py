@@ -67,7 +67,9 @@ def dot(
       Dgrad.
     implementation: see `dispatch`.
   """
-  if not dispatch.choose(implementation, obstacles(x_RK, w_EKN)).is_kernel:
+  found = obstacles(x_RK, w_EKN)
+  choice = dispatch.choose(implementation, found, 'grouped', x_RK, w_EKN)
+  if not choice.is_kernel:
     w = w_EKN.mT if turned else w_EKN
     return reference.dot(x_RK, w, groups)
   R, K = x_RK.shape
@@ -108,7 +110,9 @@ def outer(
   implementation: str | None = None,
 ) -> jax.Array:
   """`ops.grouped.outer`."""
-  if not dispatch.choose(implementation, obstacles(x_RM, y_RN)).is_kernel:
+  found = obstacles(x_RM, y_RN)
+  choice = dispatch.choose(implementation, found, 'grouped wgrad', x_RM, y_RN)
+  if not choice.is_kernel:
     return reference.outer(x_RM, y_RN, groups, add_to)
   M, N, E = x_RM.shape[1], y_RN.shape[1], groups.first_E.size
   grid = -(-M // _ROWS), -(-N // _COLUMNS)
@@ -248,7 +252,8 @@ def fp8_dot(
   found = fp8_matmul.obstacles(x_RK, w_EKN, Accumulation())
   if (x_RK.tile, w_EKN.tile) != (ROW_TILE, SQUARE_TILE):
     found.append(f'the tiles are {x_RK.tile} and {w_EKN.tile}')
-  if not dispatch.choose(implementation, found).is_kernel:
+  choice = dispatch.choose(implementation, found, 'fp8 grouped', x_RK, w_EKN)
+  if not choice.is_kernel:
     return reference.fp8_dot(x_RK, w_EKN, groups, dtype)
   experts = fp8_gemm.Experts(groups.expert_B, groups.count)
   return fp8_gemm.multiply(
@@ -272,7 +277,10 @@ def fp8_outer(
   found = fp8_matmul.obstacles(x_RM.mT, y_RN, Accumulation())
   if y_RN.tile != COLUMN_TILE:
     found.append(f'the tiles are {x_RM.tile} and {y_RN.tile}')
-  if not dispatch.choose(implementation, found).is_kernel:
+  choice = dispatch.choose(
+    implementation, found, 'fp8 grouped wgrad', x_RM, y_RN
+  )
+  if not choice.is_kernel:
     return reference.fp8_outer(x_RM, y_RN, groups, add_to)
   return fp8_gemm.multiply(
     x_RM.codes.mT,

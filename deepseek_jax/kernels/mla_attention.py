@@ -135,7 +135,9 @@ def attend(
 ) -> jax.Array | tuple[jax.Array, Quantized | Packed]:
   """`ops.attention.attend`, by the kernel where it can run."""
   arguments = (q_BTNH, k_BTNH, v_BTNU, scale, segments_BT, keep)
-  choice = dispatch.choose(implementation, obstacles(*arguments[:4]))
+  found = obstacles(*arguments[:4])
+  operands = arguments[:3]
+  choice = dispatch.choose(implementation, found, 'attention', *operands)
   if not choice.is_kernel:
     return attention.attend(*arguments)
   out, kept = _attend(*arguments)

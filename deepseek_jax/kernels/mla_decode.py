@@ -71,9 +71,9 @@ def attend_latents(
   implementation: str | None = None,
 ) -> jax.Array:
   """`cached_attention.attend_latents`, by the kernel where it can run."""
-  choice = dispatch.choose(
-    implementation, obstacles(q_BTNX, cache_BSX, width, scale)
-  )
+  found = obstacles(q_BTNX, cache_BSX, width, scale)
+  operands = q_BTNX, cache_BSX
+  choice = dispatch.choose(implementation, found, 'decode', *operands)
   if not choice.is_kernel:
     return cached_attention.attend_latents(
       q_BTNX, cache_BSX, width, positions_BT, scale

@@ -40,7 +40,8 @@ def permute(
 ) -> jax.Array:
   """`ops.grouped.permute`."""
   found = obstacles(x_TD.shape, x_TD.dtype)
-  if not dispatch.choose(implementation, found).is_kernel:
+  choice = dispatch.choose(implementation, found, 'permute', x_TD)
+  if not choice.is_kernel:
     return reference.permute(x_TD, layout)
   T, D = x_TD.shape
   R, Z = layout.token_R.size, D // _LANES
@@ -81,7 +82,8 @@ def unpermute(
   found = obstacles(rows_RD.shape, dtype)
   if piece == 0:
     found.append(f'{K} rows do not fit into {_PIECE_BYTES} bytes')
-  if not dispatch.choose(implementation, found).is_kernel:
+  choice = dispatch.choose(implementation, found, 'unpermute', rows_RD)
+  if not choice.is_kernel:
     return reference.unpermute(rows_RD, layout, weights_TK)
   Z = D // _LANES
   weights = [] if weights_TK is None else [weights_TK]

@@ -73,7 +73,8 @@ def quantize(
     found.append(f'the tiles are {tile}, not {ROW_TILE}')
   if amax is not None:
     found.append('the magnitudes are given')
-  if not dispatch.choose(implementation, found).is_kernel:
+  choice = dispatch.choose(implementation, found, 'quantize', x)
+  if not choice.is_kernel:
     return reference.quantize(x, tile, fmt, scale, amax)
   return _rowwise(lambda x, _: x, (x,), None, scale)
 
@@ -88,7 +89,8 @@ def swiglu(
 ) -> Quantized:
   """`ops.fused_quantize.swiglu`."""
   found = obstacles(gate_TF.shape, gate_TF.dtype, fmt, scale)
-  if not dispatch.choose(implementation, found).is_kernel:
+  choice = dispatch.choose(implementation, found, 'swiglu, quantize', gate_TF)
+  if not choice.is_kernel:
     return fused_quantize.swiglu(gate_TF, up_TF, weights_T, fmt, scale)
   return _rowwise(_swiglu, (gate_TF, up_TF), weights_T, scale)
 
@@ -183,7 +185,8 @@ def rms_norm(
   found = obstacles(x_TD.shape, x_TD.dtype, fmt, scale)
   if x_TD.ndim == 2 and x_TD.shape[1] % (4 * BLOCK):
     found.append(f'{x_TD.shape[1]} is not a multiple of {4 * BLOCK}')
-  if not dispatch.choose(implementation, found).is_kernel:
+  choice = dispatch.choose(implementation, found, 'rms_norm, quantize', x_TD)
+  if not choice.is_kernel:
     return fused_quantize.rms_norm(x_TD, scale_D, eps, fmt, scale)
   return _rms_norm(x_TD, scale_D, eps, scale)
 

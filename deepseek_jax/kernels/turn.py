@@ -57,7 +57,8 @@ def requantize(
 ) -> Quantized:
   """`ops.quantize.requantize`."""
   found = obstacles(q, tile, fmt, scale)
-  if not dispatch.choose(implementation, found).is_kernel:
+  choice = dispatch.choose(implementation, found, 'fp8 turned', q)
+  if not choice.is_kernel:
     return reference.requantize(q, tile, fmt, scale)
   return _turn(q.codes, q.scales.mT, scale)
 
@@ -76,7 +77,8 @@ def quantize(
   found = obstacles(x, tile, fmt, scale)
   if amax is not None:
     found.append('the magnitudes are given')
-  if not dispatch.choose(implementation, found).is_kernel:
+  choice = dispatch.choose(implementation, found, 'quantize turned', x)
+  if not choice.is_kernel:
     return reference.quantize(x, tile, fmt, scale, amax)
   return _turn(x, None, scale)
 
