@@ -4,22 +4,30 @@
     python -m experiments.gpu_check --only=fp8_matmul,decode --rounds=20
     python -m experiments.gpu_check --shapes=small      # also without a GPU
 
-The candidates of a case are timed alternately; the share is of what a BF16
-product, or a copy, reaches in the same run.  Without a Hopper GPU nothing is
-timed: references are checked, and kernels are interpreted, or lowered for CUDA
-where this jax cannot interpret them.
+Kernel and XLA are compared with a truth in float32.  The candidates of a case
+are timed alternately, in calls that follow one another; what is bound by memory
+moves more than the L2 holds.  The share is of what a BF16 product, or a copy,
+reaches in the same run, whichever is more: 200 % is possible in FP8.  A case
+that crashes or hangs is failed, and the next one is begun in a new process.
+Without a Hopper GPU nothing is timed: references are checked, and kernels are
+interpreted, or lowered for CUDA where this jax cannot interpret them.
 """
 
 import datetime
+import functools
 import importlib.util
+import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from absl import flags as absl_flags
 
 from deepseek_jax import flags
+from experiments import in_turn
 
 _ONLY = absl_flags.DEFINE_list('only', [], 'Cases whose names start so.')
 _ROUNDS = absl_flags.DEFINE_integer(
@@ -28,37 +36,78 @@ _ROUNDS = absl_flags.DEFINE_integer(
 _SHAPES = absl_flags.DEFINE_enum(
   'shapes', 'real', ['real', 'small'], "The models' own, or a CPU's."
 )
+_LIMIT = absl_flags.DEFINE_float(
+  'limit', 400.0, 'Seconds without a word after which a case is given up.'
+)
+_FIRST = absl_flags.DEFINE_integer(
+  'first', None, 'Begin with this case, in this process.', lower_bound=0
+)
 _SECONDS = 0.02  # Of one timed round: so many calls that it lasts so long.
+
+
+class Candidate(NamedTuple):
+  """What is timed.
+
+  Attributes:
+    call: starts it, and gives what it will be.
+    wait: for that.
+  """
+
+  call: Callable[[], Any]
+  wait: Callable[[Any], Any]
 
 
 def main() -> None:
   """Exits with 1 if a result is wrong or a kernel fails."""
-  import jax
+  if _FIRST.value is not None:
+    _run_cases(_FIRST.value)
+    return
+  command = [sys.executable, '-u', '-m', 'experiments.gpu_check']
+  passed = in_turn.supervise([*command, *sys.argv[1:]], _LIMIT.value)
+  failed = passed.count(False)
+  print(f'{failed} of {len(passed)} failed' if failed else 'all passed')
+  sys.exit(bool(failed))
 
+
+def _run_cases(first):
+  """Those from `first` on, or up to one that leaves the device unusable."""
   from deepseek_jax.kernels import dispatch
   from experiments import gpu_cases
 
   obstacles = dispatch.device_obstacles()
-  print(_versions(jax), flush=True)
   small = _SHAPES.value == 'small' or bool(obstacles)
-  if obstacles:
+  cases = _chosen(list(gpu_cases.all_cases(small)))
+  in_turn.announce(len(cases))
+  if not first:
+    print(_versions(), flush=True)
+  if obstacles and not first:
     print(
       f'No Hopper GPU: {"; ".join(obstacles)}. Nothing is timed, and no kernel '
       'runs as it would there: small shapes, references, interpreter, lowering.'
     )
-  cases = _chosen(list(gpu_cases.all_cases(small)))
   ceilings = None if obstacles else _ceilings(small)
-  failed = 0
-  for case in cases:
+  for case in cases[first:]:
     try:
-      failed += not (_dry(case) if obstacles else _check(case))
+      passed = _dry(case) if obstacles else _check(case)
       if ceilings:
         _time(case, ceilings)
     except Exception as error:  # One kernel must not hide the others.
-      failed += 1
+      passed = False
       print(f'{case.name}: FAILED: {type(error).__name__}: {str(error)[:300]}')
-  print(f'{failed} failed' if failed else 'all passed')
-  sys.exit(bool(failed))
+    in_turn.tell(passed)
+    if not passed and not _is_usable():
+      print('the device takes no more programs: on in a new process')
+      sys.exit(in_turn.LOST)
+
+
+def _is_usable():
+  """Whether the device still runs programs: not after an illegal access."""
+  import jax
+
+  try:
+    return int(jax.jit(lambda x: x + 1)(1)) == 2
+  except Exception:
+    return False
 
 
 def _chosen(cases):
@@ -76,33 +125,50 @@ def _chosen(cases):
   return chosen
 
 
-def _versions(jax):
-  command = ['git', 'rev-parse', '--short', 'HEAD']
-  commit = subprocess.run(command, capture_output=True, text=True).stdout
-  device = jax.devices()[0]
+def _versions():
+  import jax
+
+  commit = 'unknown'
+  if shutil.which('git'):
+    command = ['git', 'rev-parse', '--short', 'HEAD']
+    done = subprocess.run(command, capture_output=True, text=True)
+    commit = done.stdout.strip() or commit
   return (
-    f'{datetime.date.today()} commit {commit.strip() or "unknown"}, jax '
-    f'{jax.__version__}, {device.device_kind}'
+    f'{datetime.date.today()} commit {commit}, jax {jax.__version__}, '
+    f'{jax.devices()[0].device_kind}'
   )
 
 
 def _error(case, actual, operands):
-  """The largest error, relative to the largest magnitude of the truth."""
-  import jax
-  import numpy as np
+  """The largest error, relative to the largest magnitude of the truth.
 
-  expected = case.view(jax.jit(case.truth)(*operands), *operands)
-  worst = 0.0
-  for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
-    a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
-    error = np.abs(a - e).max() / max(np.abs(e).max(), 1e-30)
-    worst = max(worst, error if np.isfinite(a).all() else np.inf)
-  return worst
+  Infinite if something is not finite, or has another shape; on the device, for
+  the host would need 8 bytes for every number.
+  """
+  import jax
+  import jax.numpy as jnp
+
+  def errors(actual, *operands):
+    found = []
+    expected = case.view(case.truth(*operands), *operands)
+    for a, e in zip(
+      jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
+    ):
+      if a.shape != e.shape:
+        return jnp.inf
+      a, e = a.astype(jnp.float32), e.astype(jnp.float32)
+      error = jnp.abs(a - e).max() / jnp.maximum(jnp.abs(e).max(), 1e-30)
+      found.append(jnp.where(jnp.isfinite(error), error, jnp.inf))
+    return jnp.stack(found).max()
+
+  # Not TF32, which a GPU takes for float32 otherwise.
+  with jax.default_matmul_precision('highest'):
+    return float(jax.jit(errors)(case.view(actual, *operands), *operands))
 
 
 def _judge(case, what, result, operands):
   """Prints one line; whether the result is right."""
-  error = _error(case, case.view(result, *operands), operands)
+  error = _error(case, result, operands)
   right = error <= case.error
   verdict = 'ok' if right else 'WRONG'
   print(f'{case.name}: {what} {verdict}, error {error:.1e}', flush=True)
@@ -110,12 +176,14 @@ def _judge(case, what, result, operands):
 
 
 def _check(case):
-  """The kernel, on the device."""
+  """The kernel, and XLA's reference, on the device."""
   import jax
 
-  operands = case.make()
-  kernel = jax.jit(lambda *a: case.run(*a, implementation='mosaic_gpu'))
-  return _judge(case, 'kernel', kernel(*operands), operands)
+  operands, right = case.make(), True
+  for what, implementation in (('kernel', 'mosaic_gpu'), ('XLA', 'xla')):
+    run = functools.partial(case.run, implementation=implementation)
+    right &= _judge(case, what, jax.jit(run)(*operands), operands)
+  return right
 
 
 def _dry(case):
@@ -146,34 +214,36 @@ def _dry(case):
     return right
 
 
-def _seconds(f, operands, calls):
-  import jax
-
+def _seconds(candidate, calls):
   started = time.perf_counter()
   for _ in range(calls):
-    result = f(*operands)
-  jax.block_until_ready(result)
+    result = candidate.call()
+  candidate.wait(result)
   return (time.perf_counter() - started) / calls
 
 
-def _medians(candidates, operands):
-  """name -> median seconds of a call, timed alternately after a warm-up."""
+def _compiled(f, operands):
   import jax
 
-  ready, calls = {}, {}
-  for name, f in candidates.items():
+  return Candidate(
+    functools.partial(jax.jit(f), *operands), jax.block_until_ready
+  )
+
+
+def _medians(candidates):
+  """name -> median seconds of a call, timed alternately after a warm-up."""
+  calls = {}
+  for name, candidate in candidates.items():
     try:
-      ready[name] = jax.jit(f)
-      _seconds(ready[name], operands, 1)
-      once = _seconds(ready[name], operands, 1)
-      calls[name] = max(1, int(_SECONDS / once))
+      _seconds(candidate, 1)
+      calls[name] = max(1, int(_SECONDS / _seconds(candidate, 1)))
     except Exception as error:  # An alternative that cannot is no failure.
-      print(f'  {name}: cannot: {type(error).__name__}: {str(error)[:120]}')
-      ready.pop(name, None)
-  times = {name: [] for name in ready}
+      text = ' '.join(str(error).split())[:120]
+      print(f'  {name}: cannot: {type(error).__name__}: {text}', flush=True)
+  times = {name: [] for name in calls}
   for _ in range(_ROUNDS.value):
-    for name, f in ready.items():
-      times[name].append(_seconds(f, operands, calls[name]))
+    for name, count in calls.items():
+      times[name].append(_seconds(candidates[name], count))
   return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -183,49 +253,73 @@ def _ceilings(small):
   import jax.numpy as jnp
 
   n = 1024 if small else 8192
-  a, b = (jax.random.normal(jax.random.key(i), (n, n)) for i in range(2))
-  operands = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-  flops = 2 * n**3 / _medians({'bf16': jnp.matmul}, operands)['bf16']
-  x = jnp.ones(2**24 if small else 2**29, jnp.bfloat16)
-  seconds = _medians({'copy': lambda x: x + 1}, (x,))['copy']
-  moved = 2 * x.nbytes / seconds
-  print(
-    f'ceilings: bf16 {flops / 1e12:.0f} TFLOP/s, copy {moved / 1e9:.0f} GB/s'
+  a, b = (
+    jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) for i in range(2)
   )
-  if importlib.util.find_spec('torch'):
-    seconds = _torch_matmul(n)
-    print(f'          torch bf16 {2 * n**3 / seconds / 1e12:.0f} TFLOP/s')
+  x = jnp.ones(2**24 if small else 2**29, jnp.bfloat16)
+  candidates = {
+    'bf16': _compiled(jnp.matmul, (a, b)),
+    'copy': _compiled(lambda x: x + 1, (x,)),
+    'nothing': _compiled(lambda x: x + 1, (x[:1],)),
+  }
+  has_torch = _has_torch()
+  if has_torch:
+    candidates['torch'] = _in_torch(lambda a, b: a @ b, (a, b))
+  seconds = _medians(candidates)
+  flops, moved = 2 * n**3 / seconds['bf16'], 2 * x.nbytes / seconds['copy']
+  print(
+    f'ceilings: bf16 {flops / 1e12:.0f} TFLOP/s, copy {moved / 1e9:.0f} GB/s; '
+    f'a call of nothing takes {seconds["nothing"] * 1e6:.0f} us'
+  )
+  if 'torch' in seconds:
+    print(f'torch bf16 {2e-12 * n**3 / seconds["torch"]:.0f} TFLOP/s')
   return flops, moved
 
 
-def _torch_matmul(n):
-  """Seconds of a BF16 product in torch: the same ceiling, another library."""
+def _has_torch():
+  if not importlib.util.find_spec('torch'):
+    return False
   import torch
 
-  a, b = (torch.randn(n, n, device='cuda').bfloat16() for _ in range(2))
-  times = []
-  for _ in range(_ROUNDS.value + 1):
+  return torch.cuda.is_available()
+
+
+def _in_torch(f, operands):
+  """`f` of the same memory, as torch sees it."""
+  import jax
+  import torch
+
+  def wait(_):
     torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(10):
-      a @ b
-    torch.cuda.synchronize()
-    times.append((time.perf_counter() - started) / 10)
-  return statistics.median(times[1:])
+
+  leaves = [torch.from_dlpack(x) for x in jax.tree.leaves(operands)]
+  return Candidate(functools.partial(f, *leaves), wait)
 
 
 def _time(case, ceilings):
   """A line for each candidate."""
   operands = case.make()
-  kernel = {'kernel': lambda *a: case.run(*a, implementation='mosaic_gpu')}
-  for name, seconds in _medians(kernel | case.others, operands).items():
-    rate, ceiling = case.bytes / seconds, ceilings[1]
-    text = f'{rate / 1e9:8.0f} GB/s'
-    if case.flops:
-      rate, ceiling = case.flops / seconds, ceilings[0]
-      text = f'{rate / 1e12:8.1f} TFLOP/s'
-    share = f'{rate / ceiling:6.0%}'
-    print(f'  {name:28}{seconds * 1e6:12.1f} us {text} {share}', flush=True)
+  functions = {
+    'kernel': functools.partial(case.run, implementation='mosaic_gpu'),
+    'xla': functools.partial(case.run, implementation='xla'),
+    **case.others,
+  }
+  candidates = {name: _compiled(f, operands) for name, f in functions.items()}
+  if case.torch and _has_torch():
+    candidates['torch'] = _in_torch(case.torch, operands)
+  for name, seconds in _medians(candidates).items():
+    rates = case.flops / seconds, case.bytes / seconds
+    share = max(rate / most for rate, most in zip(rates, ceilings))
+    units = (1e12, 'TFLOP/s'), (1e9, 'GB/s')
+    texts = [
+      f'{rate / unit:8.1f} {text}'
+      for rate, (unit, text) in zip(rates, units)
+      if rate
+    ]
+    print(
+      f'  {name:28}{seconds * 1e6:12.1f} us {" ".join(texts)} {share:6.0%}',
+      flush=True,
+    )
 
 
 if __name__ == '__main__':

@@ -48,6 +48,6 @@ def test_real_cases_are_lowered():
     run = functools.partial(case.run, implementation='mosaic_gpu')
     text = mosaic.lower(run, *jax.eval_shape(case.make))
     assert 'mosaic_gpu' in text, case.name
-    assert (case.flops > 0) != (case.bytes > 0) or 'fp8_matmul' in case.name
+    assert case.flops or case.bytes
   assert len(set(names)) == len(names) > 30
   assert 'fp8_matmul 4096x7168x16384' in names

@@ -63,6 +63,9 @@ class Block(nn.Module):
     x_BTD += out_BTD
     scale = params.norm_scale(self, 'ffn_norm', c.dim)
     if self.is_moe:
+      # Not `normed`: the gate reads the values themselves, so that they are
+      # written in any case, and to quantise those reads no more than to
+      # quantise with the norm.
       hidden_BTD = norms.rms_norm(x_BTD, scale, c.norm_eps)
       ffn = MoE(c, precision, self.parallel, name='ffn')
       out_BTD, stats = ffn(hidden_BTD, mask_BT, decodes)

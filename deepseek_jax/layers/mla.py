@@ -110,6 +110,8 @@ class MLA(nn.Module):
     latent = linear(x, wkv_a, 'wkv_a', self.precision)
     c_kv, k_pe = jnp.split(latent, [mla.kv_lora_rank], -1)
     scale = params.norm_scale(self, 'kv_norm', mla.kv_lora_rank)
+    # Not `normed`: these are columns of an array, which XLA would have to copy
+    # for a kernel; that costs what one kernel for both would save.
     c_kv = norms.rms_norm(c_kv, scale, c.norm_eps)
     return c_kv, rope.rotate(k_pe, positions_BT, c.rope)
 
