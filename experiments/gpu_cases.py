@@ -64,8 +64,12 @@ def all_cases(small: bool) -> Iterator[Case]:
   for rows, dim in ((128, 512),) if small else ((16384, 7168), (16384, 2048)):
     yield from _rows(rows, dim)
   shapes = ((128, 256, 256),)
-  if not small:  # M, N, K: wo, wq_a with wkv_a, and V2-Lite's dense FFN.
-    shapes = (4096, 7168, 16384), (4096, 2112, 7168), (8192, 10944, 2048)
+  if not small:  # M, N, K: wo, wq_a with wkv_a, V2-Lite's dense FFN and its
+    # gradient, and that of wkv_a.
+    shapes = (
+      (4096, 7168, 16384), (4096, 2112, 7168), (8192, 10944, 2048),
+      (8192, 2048, 10944), (4096, 7168, 576),
+    )  # fmt: skip
   for shape in shapes:
     yield from _products(*shape)
   shapes = ((96, 2, 4, 128, 256),)
@@ -73,7 +77,9 @@ def all_cases(small: bool) -> Iterator[Case]:
     shapes = (8192, 8, 8, 7168, 2048), (8192, 6, 64, 2048, 1408)
   for shape in shapes:
     yield from _experts(*shape)
-  shapes = ((1, 256, 2, 64, 64),) if small else ((1, 4096, 128, 192, 128),)
+  shapes = (1, 256, 2, 64, 64, False), (1, 200, 2, 64, 64, True)
+  if not small:  # V3's, then V2-Lite's heads with a ragged length.
+    shapes = (1, 4096, 128, 192, 128, False), (2, 4000, 16, 192, 128, True)
   for shape in shapes:
     yield from _attention(*shape)
   # V3's heads are bound by products, V2-Lite's by the cache's bytes.
@@ -185,6 +191,10 @@ def _experts(T, K, E, D, F):
     x, w, groups = make()
     return grouped_reference.dot(x, w, groups), w, groups
 
+  def transposed():
+    dy, w, groups = turned()
+    return dy, w.mT, groups
+
   def pair():
     x, w, groups = make()
     return x, grouped_reference.dot(x, w, groups), groups
@@ -226,9 +236,10 @@ def _experts(T, K, E, D, F):
   def of_values(f):
     return lambda a, b, groups: f(_values(a), _values(b), groups, **xla)
 
+  fp8_dot = functools.partial(grouped.fp8_dot, dtype=BF16)
   for name, f, plain, tile, source, view in (
-    ('grouped fp8', functools.partial(grouped.fp8_dot, dtype=BF16), dot,
-     ROW_TILE, make, real),
+    ('grouped fp8', fp8_dot, dot, ROW_TILE, make, real),
+    ('grouped fp8 dgrad', fp8_dot, dot, ROW_TILE, transposed, real),
     ('grouped fp8 wgrad', grouped.fp8_outer, grouped.outer, COLUMN_TILE, pair,
      lambda y, *_: y),
   ):  # fmt: skip
@@ -274,57 +285,42 @@ def _ragged_dots():
   return found
 
 
-def _attention(B, T, N, H, U):
+def _attention(B, T, N, H, U, has_documents):
   """MLA's training attention, causal, forward and backward."""
   scale = H**-0.5
 
   def make():
     q, k = (_draw(B, T, N, H, seed=i) for i in range(2))
-    return q, k, _draw(B, T, N, U, seed=2)
+    operands = q, k, _draw(B, T, N, U, seed=2)
+    if not has_documents:
+      return operands
+    return *operands, jnp.asarray(np.broadcast_to(documents, (B, T)))
 
-  def forward(q, k, v, implementation=None):
-    return mla_attention.attend(q, k, v, scale, implementation=implementation)
+  def forward(q, k, v, *segments, implementation=None):
+    return mla_attention.attend(
+      q, k, v, scale, *segments, implementation=implementation
+    )
 
   def gradient(f):
-    def loss(q, k, v):
-      return jnp.sum(f(q, k, v).astype(F32) ** 2)
+    def loss(q, k, v, *segments):
+      return jnp.sum(f(q, k, v, *segments).astype(F32) ** 2)
 
     return jax.grad(loss, argnums=(0, 1, 2))
 
-  def backward(q, k, v, implementation=None):
+  def backward(*operands, implementation=None):
     f = functools.partial(forward, implementation=implementation)
-    return gradient(f)(q, k, v)
+    return gradient(f)(*operands)
 
-  def plain(q, k, v):
+  def plain(q, k, v, *segments):
     f32 = (x.astype(F32) for x in (q, k, v))
-    return attention.attend(*f32, scale)
+    return attention.attend(*f32, scale, *segments)
 
-  def cudnn(q, k, v):  # jax.nn's function wants values as wide as keys.
-    from jax._src.cudnn import fused_attention_stablehlo as fused
-
-    return fused.dot_product_attention(
-      q, k, v, scale=scale, mask_type=fused.MaskType.CAUSAL
-    )
-
-  def in_torch(*operands):
-    from torch.nn import functional
-
-    q, k, v = (x.transpose(1, 2) for x in operands)
-    return functional.scaled_dot_product_attention(
-      q, k, v, is_causal=True, scale=scale
-    ).transpose(1, 2)
-
+  documents = np.arange(T) // (T // 4 - 7) + 1
   shape, pairs = f'{B}x{T}x{N}x{H}/{U}', B * N * T * T / 2
-  others = {'cuDNN': cudnn}
-  if importlib.util.find_spec('tokamax'):
-    tokamax = importlib.import_module('tokamax')
-
-    def from_tokamax(q, k, v):
-      return tokamax.dot_product_attention(
-        q, k, v, scale=scale, is_causal=True, implementation='mosaic'
-      )
-
-    others['tokamax'] = from_tokamax
+  others, in_torch = _causal(scale), _torch_causal
+  if has_documents:
+    shape, others, in_torch = f'{shape} documents', {}, None
+    pairs = B * N * np.sum(np.bincount(documents) ** 2) / 2
   # The aims, 570 TFLOP/s forward and 460 backward, are 486 for both together.
   for name, f, truth, flops, wrap in (
     ('attention', forward, plain, 2 * pairs * (H + U), lambda g: g),
@@ -336,6 +332,33 @@ def _attention(B, T, N, H, U):
       others={other: wrap(g) for other, g in others.items()},
       torch=in_torch if f is forward else None,
     )  # fmt: skip
+
+
+def _causal(scale):
+  """Causal attention of other libraries that takes unequal widths."""
+
+  def cudnn(q, k, v):  # `jax.nn` wants values as wide as keys.
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    return fused.dot_product_attention(
+      q, k, v, scale=scale, mask_type=fused.MaskType.CAUSAL
+    )
+
+  found = {'cuDNN': cudnn}
+  if importlib.util.find_spec('tokamax'):
+    tokamax = importlib.import_module('tokamax')
+    found['tokamax'] = lambda q, k, v: tokamax.dot_product_attention(
+      q, k, v, scale=scale, is_causal=True, implementation='mosaic'
+    )
+  return found
+
+
+def _torch_causal(*operands):
+  from torch.nn import functional
+
+  q, k, v = (x.transpose(1, 2) for x in operands)
+  out = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+  return out.transpose(1, 2)
 
 
 def _decode(B, N, S):
