@@ -121,7 +121,7 @@ class ImportsTest(parameterized.TestCase):
     for path in (_ROOT / 'experiments').rglob('*.py'):
       tops = {name.partition('.')[0] for name in _imports(path)}
       # Benchmarks measure transformers, and torch's products.
-      is_bench = path.name.startswith(('bench', 'gpu_check'))
+      is_bench = path.name.startswith(('bench', 'gpu_'))
       allowed = {'torch', 'transformers'} if is_bench else set()
       self.assertEmpty(
         tops & {'torch', 'transformers', 'tests'} - allowed, path
