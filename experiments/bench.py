@@ -192,7 +192,7 @@ def _remat_table(config: config_lib.Config) -> str:
 
   from deepseek_jax.training import optimizer, process, schedules, step
 
-  process.prepare(config)
+  process.use_compilation_cache(config)
   lines = ['| remat | temporary MB | GFLOP | x none |', '|---|---|---|---|']
   base = None
   for policy in config_lib.REMATS:

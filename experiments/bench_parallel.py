@@ -96,7 +96,7 @@ def _batch(config: config_lib.Config, layout: Any) -> dict[str, Any]:
 def lines(config: config_lib.Config, rounds: int) -> Iterator[str]:
   """Every layout on the config's batch; then weak scaling.  As measured."""
   process.join(config_lib.ParallelConfig(cpu_devices=_DEVICES))
-  process.prepare(config)
+  process.use_compilation_cache(config)
   yield '| layout | compile s | step s | state MB | temporary MB | sent MB |'
   yield '|---|---|---|---|---|---|'
   for name, axes in _LAYOUTS.items():

@@ -20,6 +20,7 @@ import numpy as np
 from deepseek_jax import config as config_lib
 from deepseek_jax import presets
 from deepseek_jax.convert import hf_config
+from experiments import large_pages
 
 # The side of the square float32 product that measures a machine's own rate.
 MATMUL = 2048
@@ -49,7 +50,7 @@ class JaxWorker:
 
     from deepseek_jax.training import optimizer, process, schedules, step
 
-    process.prepare(config)
+    process.use_compilation_cache(config)
     self._jax, self._config, self._count = jax, config, 0
     self._weights = None  # Of inference, made when first asked for.
     self._model = step.build_model(config)
@@ -233,4 +234,6 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+  if sys.argv[1] == 'deepseek_jax':  # As its programs do.
+    large_pages.use()
   main()

@@ -16,6 +16,7 @@ from absl import flags as absl_flags
 
 from deepseek_jax import config as config_lib
 from deepseek_jax import flags
+from experiments import large_pages
 
 _WORKDIR = absl_flags.DEFINE_string(
   'workdir', 'runs/quickstart', 'Directory of the run.'
@@ -72,4 +73,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+  large_pages.use()
   flags.run(main)

@@ -19,6 +19,7 @@ import time
 from absl import flags as absl_flags
 
 from deepseek_jax import flags
+from experiments import large_pages
 
 _WORKDIR = absl_flags.DEFINE_string(
   'workdir', 'runs/quickstart', 'Directory of the run.'
@@ -249,4 +250,5 @@ def _answer(generator, workdir, prompts):
 
 
 if __name__ == '__main__':
+  large_pages.use()
   flags.run(main)

@@ -10,6 +10,7 @@ The same command goes on where an interrupted run stopped.
 from absl import flags as absl_flags
 
 from deepseek_jax import flags
+from experiments import large_pages
 
 _WORKDIR = absl_flags.DEFINE_string(
   'workdir', None, 'Directory of the run (default: runs/<preset>).'
@@ -31,4 +32,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+  large_pages.use()
   flags.run(main)

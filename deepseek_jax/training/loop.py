@@ -69,7 +69,7 @@ def train(
   """
   started, workdir = time.perf_counter(), pathlib.Path(workdir).expanduser()
   process.join(config.parallel)
-  process.prepare(config)
+  process.use_compilation_cache(config)
   with process.together(), contextlib.ExitStack() as stack:
     model = step_lib.build_model(config)
     layout = step_lib.make_layout(model, config)

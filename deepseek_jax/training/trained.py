@@ -91,7 +91,7 @@ def load(
     workdir, use_ema, shardings
   )
   config, model, layout = made(config)
-  process.prepare(config)
+  process.use_compilation_cache(config)
   return Trained(config, model, variables, saved, layout)
 
 
