@@ -1,12 +1,15 @@
 """Tiles, scales and special values, against loops over tiles in NumPy."""
 
 import itertools
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 from absl.testing import parameterized
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from deepseek_jax.convert import fp8
 from deepseek_jax.ops import formats, quantize
@@ -145,6 +148,22 @@ class QuantizeTest(parameterized.TestCase):
     again = jax.jit(lambda q: q)(jax.tree.unflatten(tree, leaves))
     self.assertEqual((again.tile, again.fmt), (q.tile, q.fmt))
     self.assertEqual(q.nbytes, 4 * 200 + 4 * 2 * 4)
+
+  def test_is_divided_saved_and_read_again(self):
+    q = quantize.quantize(jnp.asarray(_draw(16, 256)), quantize.ROW_TILE)
+    mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
+    place = NamedSharding(mesh, PartitionSpec('data'))
+    divided = jax.device_put(q, place)
+    self.assertTrue(all(x.sharding == place for x in jax.tree.leaves(divided)))
+    folder = self.enter_context(tempfile.TemporaryDirectory())
+    with ocp.StandardCheckpointer() as saver:
+      saver.save(f'{folder}/q', divided)
+      saver.wait_until_finished()
+      again = saver.restore(f'{folder}/q', divided)
+    doubled = jax.jit(lambda q: 2 * q.dequantize())(again)
+    self.assertEqual((again.tile, again.fmt), (q.tile, q.fmt))
+    self.assertEqual(again.codes.sharding, place)
+    np.testing.assert_array_equal(doubled, 2 * q.dequantize())
 
   @parameterized.parameters(('e5m6', 5 * 96 * 1.5), ('e4m3', 5 * 96))
   def test_twelve_bits_take_a_byte_and_a_half(self, fmt, nbytes):
