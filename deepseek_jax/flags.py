@@ -59,6 +59,9 @@ _AXES = {
   'parallel.node': '1',
   'parallel.expert': '1',
   'parallel.cpu_devices': 'the devices that are there',
+  'parallel.num_processes': '1',
+  'parallel.process_id': 'as the cluster says',
+  'parallel.coordinator': 'likewise',
 }
 
 
@@ -89,7 +92,7 @@ def define_axes(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     _define(flag_values, name, _Parser(type(value)), None, text)
 
 
-def axes(flag_values: flags.FlagValues = flags.FLAGS) -> dict[str, int]:
+def axes(flag_values: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
   """The flags of `define_axes` that are given, as fields of ParallelConfig."""
   given = {name: flag_values[name].value for name in _AXES}
   return {k.partition('.')[2]: v for k, v in given.items() if v is not None}

@@ -6,10 +6,12 @@
     python -m experiments.generate --workdir=runs/chat --interactive
     python -m experiments.generate --parallel.expert=4 \\
         --parallel.cpu_devices=8 --redundant_experts=8
+    python -m experiments.launch --processes=2 -- \\
+      python -m experiments.generate --parallel.fsdp=8 --parallel.cpu_devices=4
 
 Reads the newest checkpoint, also while the run goes on.  A single text appears
 as it is made; speed, and how many drafts of MTP stood, go to stderr.  Several
-devices divide the model and the prompts.
+devices divide the model and the prompts; of several processes one talks.
 """
 
 import pathlib
@@ -19,18 +21,8 @@ import time
 from absl import flags as absl_flags
 
 from deepseek_jax import flags
-from experiments import large_pages
+from experiments import large_pages, reading
 
-_WORKDIR = absl_flags.DEFINE_string(
-  'workdir', 'runs/quickstart', 'Directory of the run.'
-)
-_EMA = absl_flags.DEFINE_bool('ema', False, 'Use the averaged parameters.')
-_FP8 = absl_flags.DEFINE_bool(
-  'fp8',
-  None,
-  'Quantise the inputs of linear layers; of FP8 weights, otherwise, only the '
-  'weights are (default: as the config says).',
-)
 _PROMPT = absl_flags.DEFINE_multi_string(
   'prompt', ['import '], 'Text to continue; repeat it for a batch.'
 )
@@ -66,27 +58,24 @@ _REDUNDANT = absl_flags.DEFINE_integer(
   'seen last.',
   lower_bound=0,
 )
-flags.define_axes()
+absl_flags.adopt_module_key_flags(reading)
 
 
 class Generator:
   """A loaded model that writes texts."""
 
-  def __init__(self, workdir: pathlib.Path):
+  def __init__(self, parallel):
+    """`parallel`: of `trained.start`."""
     from deepseek_jax.data import tokenizer as tokenizer_lib
     from deepseek_jax.inference import weights
-    from deepseek_jax.training import trained as trained_lib
 
-    parallel = trained_lib.start(flags.axes())
     changes = {
       # Nothing is trained: any batch will do that so many devices can share.
       'data.batch_size': parallel.n_devices,
       'data.batch_size_start': 0,
       'train.micro_batch_size': 0,
     }
-    if _FP8.value is not None:
-      changes['precision.fp8.enabled'] = _FP8.value
-    trained = trained_lib.load(workdir, _EMA.value, parallel, changes)
+    workdir, trained = reading.workdir(), reading.load(parallel, changes)
     self.tokenizer = tokenizer_lib.Tokenizer.load(workdir / 'tokenizer.json')
     self._model, self._layout = trained.model, trained.layout
     variables = weights.unstack(self._model, trained.variables)
@@ -120,7 +109,7 @@ class Generator:
       shares = ', '.join(f'{share:.0%}' for share in result.acceptance)
       note += f'; drafts that stood: {shares}'
       note += f'; {result.tokens_per_pass:.2f} tokens a pass'
-    print(f'\n[{note}]', file=sys.stderr)
+    _say(f'\n[{note}]', file=sys.stderr)
     return result.tokens
 
   def write(self, prompt: list[int], shown: int) -> list[int]:
@@ -132,7 +121,7 @@ class Generator:
       text = self.tokenizer.decode(ids)
       # A character may begin in one token and end in the next.
       end = len(text) if final else len(text.rstrip('\ufffd'))
-      print(text[written:end], end='', flush=True)
+      _say(text[written:end], end='', flush=True)
       written = max(written, end)
 
     def on_tokens(new):
@@ -142,12 +131,20 @@ class Generator:
     say()
     [output] = self.complete([prompt], on_tokens)
     say(final=True)
-    print()
+    _say()
     return output
 
   def document(self, text: str) -> list[int]:
     """As in training, where every document begins with this token."""
     return [self.tokenizer.bos_id, *self.tokenizer.encode(text).tolist()]
+
+
+def _say(*what, **how):
+  """Prints, in the first process."""
+  from deepseek_jax.training import process
+
+  if process.is_first():
+    print(*what, **how)
 
 
 def _with_copies(variables, workdir, config):
@@ -221,32 +218,38 @@ def _prompts() -> list[str]:
 
 def main() -> None:
   """Prints every prompt and what the model adds to it."""
-  workdir = pathlib.Path(_WORKDIR.value).expanduser()
-  if not workdir.is_dir():
-    raise ValueError(f'--workdir={workdir}: no such directory')
-  prompts = _prompts()
+  # Before anything is waited for.
+  reading.workdir()
+  prompts, axes = _prompts(), flags.axes()
+  if _INTERACTIVE.value and axes.get('num_processes', 1) != 1:
+    raise ValueError(
+      '--interactive: several processes cannot share a terminal; give --prompt '
+      'or --prompts_file, or start one process for all devices of a machine'
+    )
   from deepseek_jax.kernels import dispatch
-  from deepseek_jax.training import step_log
+  from deepseek_jax.training import process, step_log
+  from deepseek_jax.training import trained as trained_lib
 
-  generator = Generator(workdir)
-  with dispatch.told(step_log.say):
-    _answer(generator, workdir, prompts)
+  parallel = trained_lib.start(axes)
+  with process.together(), dispatch.told(step_log.say):
+    generator = Generator(parallel)
+    if _INTERACTIVE.value:
+      from deepseek_jax.inference import chat
+
+      _converse(generator, chat.load_template(reading.workdir()))
+    else:
+      _complete(generator, prompts)
 
 
-def _answer(generator, workdir, prompts):
-  """To the terminal, as the flags say."""
-  if _INTERACTIVE.value:
-    from deepseek_jax.inference import chat
-
-    _converse(generator, chat.load_template(workdir))
-    return
+def _complete(generator: Generator, prompts: list[str]) -> None:
+  """A single text as it comes, several when all are there."""
   ids = [generator.document(prompt) for prompt in prompts]
   if len(ids) == 1:
     generator.write(ids[0], 1)
     return
   for prompt, output in zip(ids, generator.complete(ids)):
     # Together: a character may begin in one and end in the other.
-    print(f'{generator.tokenizer.decode([*prompt, *output])}\n---')
+    _say(f'{generator.tokenizer.decode([*prompt, *output])}\n---')
 
 
 if __name__ == '__main__':

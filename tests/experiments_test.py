@@ -166,10 +166,32 @@ def test_a_run_in_fp8_codes_is_evaluated_and_continued(swept, tmp_path):
   record = json.loads((run / 'metrics.jsonl').read_text().splitlines()[-1])
   assert loss != record['val_loss']
   tolerances.assert_close(loss, record['val_loss'], tolerances.BFLOAT16)
-  arguments = [f'--workdir={codes}', '--prompt=def f', '--max_new_tokens=3']
-  status, output, errors = _command('generate', *arguments, '--nofp8')
+  arguments = [
+    f'--workdir={codes}', '--prompt=def f', '--prompt=  return', '--nofp8',
+    '--max_new_tokens=6', '--temperature=0',
+  ]  # fmt: skip
+  status, text, errors = _command('generate', *arguments)
   assert status == 0, errors
-  assert output.startswith('def f') and len(output) > len('def f\n')
+  assert text.startswith('def f') and len(text) > 30
+
+  # Two processes divide the codes, and one talks.
+  for program, *flags in (
+    ['eval', f'--workdir={codes}', '--fp8'],
+    ['generate', *arguments],
+  ):
+    status, output, errors = _command(
+      'launch', '--processes=2', '--', sys.executable,
+      '-m', f'experiments.{program}', *flags, '--parallel.cpu_devices=2',
+      '--parallel.expert=2', '--parallel.fsdp=2',
+    )  # fmt: skip
+    assert status == 0, errors
+    if program == 'eval':
+      [divided] = [r for r in output.splitlines() if r.startswith('{')]
+      divided = json.loads(divided)['val_loss']
+      tolerances.assert_close(divided, loss, tolerances.COMPONENT_PARITY)
+    else:
+      assert output == text
+      assert errors.count('tokens, ') == 1
 
 
 @pytest.mark.parametrize(
@@ -178,6 +200,11 @@ def test_a_run_in_fp8_codes_is_evaluated_and_continued(swept, tmp_path):
     (['eval', '--workdir=/no/such'], '--workdir=/no/such: no such directory'),
     (['generate', '--workdir=/no/such'], 'no such directory'),
     (['generate', '--workdir=tests', '--prompt='], '--prompt is empty'),
+    (
+      ['generate', '--workdir=tests', '--interactive']
+      + ['--parallel.num_processes=2'],
+      'several processes cannot share a terminal',
+    ),
     (['eval', '--workdir=tests'], 'no checkpoints in it'),
     (['eval', '--batches=-1'], 'batches'),
     (['sweep'], '--sweep is empty'),

@@ -12,12 +12,14 @@ import pytest
 from deepseek_jax import config as config_lib
 from deepseek_jax import convert, presets
 from deepseek_jax.convert import names, run
+from deepseek_jax.evaluation import perplexity
 from deepseek_jax.inference import cache as cache_lib
 from deepseek_jax.inference import generate, load_balance, weights
 from deepseek_jax.kernels import fp8
 from deepseek_jax.ops import fp8_matmul, quantize
 from deepseek_jax.ops.fp8_recipe import Steps
-from deepseek_jax.training import checkpoint
+from deepseek_jax.training import checkpoint, trained
+from deepseek_jax.training import layout as layout_lib
 from deepseek_jax.training import step as step_lib
 from tests import tolerances
 from tests.drawn import draw
@@ -196,6 +198,69 @@ def test_replicas_of_quantised_experts():
   replicated = load_balance.add_replicas(unstacked, placement)
   actual = generate.generate(model, replicated, _PROMPTS, _NEW).tokens
   assert actual == _text('codes', True)
+
+
+@functools.cache
+def _divided(fp8):
+  """The codes, of 136 = 2 x 68 rows a matrix, on eight devices."""
+  parallel = trained.start({'fsdp': 2, 'expert': 2})
+  changes = {
+    'precision.compute_dtype': 'float32',
+    'precision.fp8.enabled': fp8,
+    'data.batch_size': 8,
+    'data.batch_size_start': 0,
+    'train.micro_batch_size': 0,
+  }
+  workdir = f'{_workdirs().name}/codes'
+  return trained.load(workdir, parallel=parallel, changes=changes)
+
+
+def test_devices_divide_codes_as_weights_and_scales_as_experts():
+  model, variables = _load('codes')
+  read = _divided(False)
+  checked = 0
+  for leaf, tensor in names.last_of_leaves(model.config, ()).items():
+    if not tensor.is_linear:
+      continue
+    value, whole = (_leaf(v, leaf) for v in (read.variables, variables))
+    np.testing.assert_array_equal(value.codes, whole.codes)
+    np.testing.assert_array_equal(value.scales, whole.scales)
+    of_experts = 2 if len(tensor.index) > 1 else 1  # (layer, expert)
+    codes, scales = (
+      x.size // x.addressable_shards[0].data.size
+      for x in (value.codes, value.scales)
+    )
+    assert (codes, scales) == (2 * of_experts, of_experts), leaf
+    checked += 1
+  assert checked > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fp8', (False, True))
+def test_devices_evaluate_and_continue_as_one_does(fp8):
+  read = _divided(fp8)
+  model, variables = _load('codes', fp8)
+  rng = np.random.default_rng(0)
+  batch = {
+    'tokens': rng.integers(0, model.config.vocab_size, (8, 17), np.int32),
+    'segments': np.ones((8, 17), np.int32),
+  }
+  bytes_V = np.ones(model.config.vocab_size, np.float32)
+  one, divided = (
+    perplexity.make_eval_step(model, read.config, layout)(
+      variables['params'], variables['router_state'], batch, bytes_V
+    )
+    for model, variables, layout in (
+      (model, variables, None),
+      (read.model, read.variables, read.layout.for_evaluation()),
+    )
+  )
+  tolerances.assert_close(
+    jax.device_get(divided), jax.device_get(one), tolerances.COMPONENT_PARITY
+  )
+  with layout_lib.ambient(read.layout):
+    done = generate.generate(read.model, read.variables, _PROMPTS, _NEW)
+  assert done.tokens == _text('codes', fp8)
 
 
 def test_codes_without_scales_are_refused():

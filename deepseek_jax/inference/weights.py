@@ -9,7 +9,6 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.models import deepseek
 from deepseek_jax.ops import cached_attention, quantize
-from deepseek_jax.ops.quantize import Quantized
 from deepseek_jax.parallel import rules
 
 _STACKS = ('dense_layers', 'moe_layers', 'mtp')
@@ -54,7 +53,9 @@ def share(variables: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
     spec = P(rules.EXPERTS) if is_experts else P()
     return jax.device_put(x, NamedSharding(mesh, spec))
 
-  return jax.tree_util.tree_map_with_path(put, variables, is_leaf=_is_quantized)
+  return jax.tree_util.tree_map_with_path(
+    put, variables, is_leaf=quantize.is_leaf
+  )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -78,13 +79,9 @@ def _unstack(dtype, nope, variables):
 def _cast(tree, dtype):
   def leaf(path, x):
     is_matrix = len(x.shape) > 1 and path[-1].key not in _FLOAT32
-    return x.astype(dtype) if is_matrix and not _is_quantized(x) else x
+    return x.astype(dtype) if is_matrix and not quantize.is_leaf(x) else x
 
-  return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=_is_quantized)
-
-
-def _is_quantized(x):
-  return isinstance(x, Quantized)
+  return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=quantize.is_leaf)
 
 
 def _absorb(tree, dtype, nope):

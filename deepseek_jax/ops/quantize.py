@@ -277,10 +277,11 @@ def dense(w: jax.Array | Quantized, dtype: Any, axes: int = 1) -> jax.Array:
   return w.astype(dtype)
 
 
+def is_leaf(x: Any) -> bool:
+  """Whether `x` is `Quantized`: the argument of that name of `jax.tree`."""
+  return isinstance(x, Quantized)
+
+
 def is_quantized(tree: Any) -> bool:
   """Whether any leaf is `Quantized`."""
-
-  def found(x):
-    return isinstance(x, Quantized)
-
-  return any(map(found, jax.tree.leaves(tree, is_leaf=found)))
+  return any(map(is_leaf, jax.tree.leaves(tree, is_leaf=is_leaf)))

@@ -214,8 +214,9 @@ def load_for_inference(
   Args:
     workdir: of the run.
     use_ema: read the averaged parameters (`optim.ema_decay`) instead.
-    shardings: (config) -> those of the two collections; None, also as its
-      result: the default device.
+    shardings: (config) -> those of the two collections, and in 'scales', by the
+      paths in 'params', those that FP8 weights have; None, also as its result:
+      the default device.
 
   Returns:
     (config, {'params': ..., 'router_state': ...}, step): float32, or what a
@@ -315,19 +316,17 @@ def _read_as_saved(manager, step, item, shardings):
   import orbax.checkpoint as ocp
 
   like = _abstract(manager.item_metadata(step)[item].tree)
-  if shardings and 'scales' in like:
-    raise ConfigMismatch(
-      f'{manager.directory}: FP8 weights of a conversion are for one device; '
-      'convert with --dtype=bf16 to divide the model'
-    )
   if shardings:
-    like = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      like,
-      shardings,
-    )
+    like = _placed(like, shardings)
   args = ocp.args.Composite(**{item: ocp.args.StandardRestore(like)})
   return manager.restore(step, args=args)[item]
+
+
+def _placed(like, shardings):
+  """`like`, each leaf with its sharding; of some, scales, there is none."""
+  if isinstance(like, dict):
+    return {name: _placed(x, shardings[name]) for name, x in like.items()}
+  return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=shardings)
 
 
 def _model(state):

@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.config import Config
 from deepseek_jax.layers.params import Parameter
+from deepseek_jax.ops import quantize
 from deepseek_jax.parallel import mesh as mesh_lib
 from deepseek_jax.parallel import placement, rules, sharding
 from deepseek_jax.training.state import TrainState
@@ -76,6 +77,18 @@ class Layout:
     """The shardings of the stored parameters."""
     return jax.tree.map(lambda s: NamedSharding(self.mesh, s), self.stored)
 
+  def scales(self) -> Any:
+    """The shardings of FP8 weights' scales, at the places of the weights.
+
+    They are whole but for experts: a block may lie on two devices, and a scale
+    is 4 bytes for 16 KiB of codes.
+    """
+
+    def place(used):
+      return NamedSharding(self.mesh, _of_scales(used))
+
+    return jax.tree.map(place, self.used)
+
   def state(self, like: TrainState) -> TrainState:
     """The shardings of a state: moments lie with their parameters."""
     params, structure = self.params(), jax.tree.structure(like.params)
@@ -113,9 +126,10 @@ class Layout:
     """Per device: stored parts to the compute dtype's parts for a step."""
 
     def copy(x, dtype, stored, step):
-      return sharding.gather(x.astype(dtype), stored, step)
+      x = x if quantize.is_leaf(x) else x.astype(dtype)
+      return _gather(x, stored, step)
 
-    return jax.tree.map(copy, params, self.dtypes, self.stored, self.step)
+    return _map(copy, params, self.dtypes, self.stored, self.step)
 
   def reduce(self, gradients: Any) -> Any:
     """Per device: gradients of `step_copy` to stored parts of their sum."""
@@ -125,18 +139,18 @@ class Layout:
     """Per device: a step's parts, whole for all that is not in a stack."""
     top = {k: v for k, v in params.items() if k not in _STACKS}
     step, used = ({k: t[k] for k in top} for t in (self.step, self.used))
-    return {**params, **jax.tree.map(sharding.gather, top, step, used)}
+    return {**params, **_map(_gather, top, step, used)}
 
   def collect_layer(self, stack: str, variables: Any) -> Any:
     """Per device: the variables of one layer of a stack, made whole."""
 
     def gather(x, step, used):
       step, used = (PartitionSpec(*spec[1:]) for spec in (step, used))
-      return sharding.gather(x, step, used)
+      return _gather(x, step, used)
 
     specs = self.step[stack], self.used[stack]
     params = flax.core.unfreeze(variables['params'])  # As the specs are.
-    params = jax.tree.map(gather, params, *specs)
+    params = _map(gather, params, *specs)
     return {**variables, 'params': params}
 
   def whole(self, model: nn.Module) -> nn.Module:
@@ -156,8 +170,11 @@ class Layout:
       sums = function(params, router_state, own, rest)
       return jax.lax.psum(sums, self.batch_axes)
 
-    specs = self.stored, WHOLE, self.batch_spec, WHOLE
-    return self.per_device(per_device, specs, WHOLE)
+    def summed(params, *args):
+      specs = self._specs(params), WHOLE, self.batch_spec, WHOLE
+      return self.per_device(per_device, specs, WHOLE)(params, *args)
+
+    return summed
 
   def share(self, count: int) -> tuple[int, int]:
     """(index, number) of this process's share of `count` sequences.
@@ -196,12 +213,42 @@ class Layout:
     places = jax.tree.map(lambda s: NamedSharding(self.mesh, s), specs)
     return jax.jit(cast, out_shardings=places)(params)
 
+  def _specs(self, params):
+    """`stored`, and for a weight in FP8 those of its codes and scales."""
+
+    def leaf(x, stored, used):
+      if not quantize.is_leaf(x):
+        return stored
+      return dataclasses.replace(x, codes=stored, scales=_of_scales(used))
+
+    return _map(leaf, params, self.stored, self.used)
+
   def _n_batch_shards(self) -> int:
     return int(np.prod([self.mesh.shape[axis] for axis in self.batch_axes]))
 
   def _processes(self) -> int:
     """Into how many shares processes divide a batch."""
     return self.share(self._n_batch_shards())[1]
+
+
+def _map(function, params, *rest):
+  """`jax.tree.map` for which a weight in FP8 is one leaf."""
+  return jax.tree.map(function, params, *rest, is_leaf=quantize.is_leaf)
+
+
+def _gather(x, have, want):
+  """`sharding.gather`, of a weight in FP8 as codes: its scales are whole."""
+  if not quantize.is_leaf(x):
+    return sharding.gather(x, have, want)
+  return dataclasses.replace(x, codes=sharding.gather(x.codes, have, want))
+
+
+def _of_scales(used):
+  """`used` up to the last dimension that it divides, which is of experts."""
+  entries = list(used)
+  while entries and entries[-1] is None:
+    entries.pop()
+  return PartitionSpec(*entries)
 
 
 def ambient(layout: Layout | None) -> contextlib.AbstractContextManager:

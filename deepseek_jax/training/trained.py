@@ -21,7 +21,8 @@ class Trained(NamedTuple):
   Attributes:
     config: of the run, but for what was changed.
     model: as the run trained it.
-    variables: `params` and `router_state`, float32.
+    variables: `params` and `router_state`, float32 or as a conversion kept
+      them.
     step: after which they were saved.
     layout: where they lie; None: on the default device.
   """
@@ -98,4 +99,8 @@ def load(
 def _shardings(model, layout):
   state = nn.meta.unbox(step.declare(model))['router_state']
   replicated = jax.tree.map(lambda _: layout.replicated, state)
-  return {'params': layout.params(), 'router_state': replicated}
+  return {
+    'params': layout.params(),
+    'router_state': replicated,
+    'scales': layout.scales(),
+  }
