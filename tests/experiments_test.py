@@ -185,12 +185,15 @@ def test_a_run_in_fp8_codes_is_evaluated_and_continued(swept, tmp_path):
       '--parallel.expert=2', '--parallel.fsdp=2',
     )  # fmt: skip
     assert status == 0, errors
+    # Gloo, which carries collectives between CPUs, says what it connects.
+    lines = [r for r in output.splitlines() if not r.startswith('[Gloo]')]
     if program == 'eval':
-      [divided] = [r for r in output.splitlines() if r.startswith('{')]
-      divided = json.loads(divided)['val_loss']
-      tolerances.assert_close(divided, loss, tolerances.COMPONENT_PARITY)
+      [divided] = [json.loads(r) for r in lines if r.startswith('{')]
+      tolerances.assert_close(
+        divided['val_loss'], loss, tolerances.COMPONENT_PARITY
+      )
     else:
-      assert output == text
+      assert lines == text.splitlines()
       assert errors.count('tokens, ') == 1
 
 
