@@ -277,7 +277,10 @@ class FP8Config:
   A format is written e4m3, e5m2, e5m6, e8m7 (bfloat16), or as any such pair.
   """
 
-  enabled: bool = False  # All linears of attention, dense FFN and experts.
+  enabled: bool = False  # The linears of these modules:
+  attention: bool = True  # The projections.
+  dense: bool = True  # Dense FFN and shared experts.
+  experts: bool = True  # Routed experts, and what is sent to them.
   fmt: str = 'e4m3'  # Operands of all three products.
   gradient_fmt: str = 'e4m3'  # Output gradients, also sent; others: e5m2.
   attn_out_fmt: str = 'e5m6'  # Kept of attention's output, 12 bits.
@@ -311,6 +314,12 @@ class FP8Config:
       self.amax_history,
       'use 0, or a number of steps with all three tiles tensor: there is an '
       'amax for each tensor, not for each tile',
+    )
+    _require(
+      self.amax_history == 0 or self.attention and self.dense and self.experts,
+      p + 'amax_history',
+      self.amax_history,
+      f'use 0, or leave {p}attention, dense and experts on: all have amaxes',
     )
     divides = self.promote > 0 and 128 % self.promote == 0
     _require(
@@ -347,6 +356,12 @@ class PrecisionConfig:
     for name in ('compute_dtype', 'mu_dtype', 'nu_dtype'):
       _choice(f'precision.{name}', getattr(self, name), DTYPES)
     _choice('precision.kernels', self.kernels, KERNELS)
+
+  def of(self, module: str) -> 'PrecisionConfig':
+    """That of the linears of one module, 'attention', 'dense' or 'experts'."""
+    enabled = self.fp8.enabled and getattr(self.fp8, module)
+    fp8 = dataclasses.replace(self.fp8, enabled=enabled)
+    return dataclasses.replace(self, fp8=fp8)
 
 
 @dataclasses.dataclass(frozen=True)

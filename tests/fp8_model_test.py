@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from deepseek_jax import presets
 from deepseek_jax.convert import fp8, names
 from deepseek_jax.layers.block import Block
 from deepseek_jax.models import deepseek
+from deepseek_jax.ops import quantize
 from tests import tolerances
 from tests.drawn import draw
 from tests.invariance_test import _run, make_config
@@ -164,6 +166,36 @@ class MapTest(parameterized.TestCase):
       self.assertFalse(all((a == b).all() for a, b in same), leaf)
       array[...] = kept
 
+  @parameterized.parameters('attention', 'dense', 'experts')
+  def test_a_module_alone(self, module):
+    """Rounding its weights beforehand changes no bit, of others it does."""
+    config = dataclasses.replace(presets.tiny().model, dim=136, inter_dim=130)
+    others = set(_MODULES) - {module}
+    fp8 = dataclasses.replace(
+      _FP8, scale='ceil', **dict.fromkeys(others, False)
+    )
+    precision = config_lib.PrecisionConfig('float32', fp8=fp8)
+    dense, moe = (Block(config, is_moe, precision) for is_moe in (False, True))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 8, 136)), 'f4')
+    args = jnp.zeros((1, 8), jnp.int32), None, jnp.ones((1, 8))
+    # Alone, the residual stream hides what is lost of so small weights.
+    variables = jax.jit(
+      lambda key: [
+        jax.tree.map(lambda v: 8 * v, nn.unbox(b.init(key, x, *args)))
+        for b in (dense, moe)
+      ]
+    )(jax.random.key(0))
+
+    @jax.jit
+    def run(variables):
+      return [b.apply(v, x, *args)[0] for b, v in zip((dense, moe), variables)]
+
+    before = run(variables)
+    for name in _MODULES:
+      after = run(_with_rounded(variables, name))
+      same = all((a == b).all() for a, b in zip(after, before))
+      self.assertEqual(same, name == module, name)
+
   def test_what_is_kept(self):
     """Names and number formats of what may be kept for the backward pass."""
     config = dataclasses.replace(presets.tiny().model, n_dense_layers=0)
@@ -204,9 +236,48 @@ class MapTest(parameterized.TestCase):
     ('gradient_tile', '128x128'),
     ('accumulate', 'hopper14'),
     ('promote', 64),
+    ('attention', False),
+    ('dense', False),
   )
   def test_every_flag_reaches_the_program(self, name, value):
     self.assertNotEqual(_program(**{name: value}), _program())
+
+
+def _keys(path):
+  return [entry.key for entry in path if hasattr(entry, 'key')]
+
+
+# Module -> whether a weight, by its path in a block's variables, is one of it.
+_MODULES = {
+  'attention': lambda path: 'attn' in _keys(path) and _keys(path)[-1][0] == 'w',
+  'dense': lambda path: (
+    _keys(path)[-1] in ('w1', 'w2', 'w3')
+    and ('shared' in _keys(path) or path[0].idx == 0)
+  ),
+  'experts': lambda path: (
+    _keys(path)[-2:] in [['ffn', w] for w in ('w1', 'w2', 'w3')]
+    and path[0].idx == 1
+  ),
+}
+
+
+def _rounded(w, path):
+  """A weight in FP8 and back, as a layer quantises it."""
+  if _keys(path)[-1] == 'wo':
+    matrix = w.reshape(-1, w.shape[-1])
+  elif 'attn' in _keys(path):
+    matrix = w.reshape(w.shape[0], -1)
+  else:
+    matrix = w
+  q = quantize.quantize(matrix, quantize.SQUARE_TILE, scale='ceil')
+  return q.dequantize().reshape(w.shape)
+
+
+def _with_rounded(variables, module):
+  has = _MODULES[module]
+  return jax.tree_util.tree_map_with_path(
+    lambda path, w: _rounded(w, path) if has(path) else w, variables
+  )
 
 
 @functools.cache

@@ -51,7 +51,7 @@ class Block(nn.Module):
       The residual stream, the routing statistics of an MoE layer, and, if there
       was one, the cache with the new tokens in it.
     """
-    c, precision = self.config, self.precision
+    c, precision = self.config, self.precision.of('attention')
     attn = (MLA if c.attention == 'mla' else GQA)(c, precision, name='attn')
     scale = params.norm_scale(self, 'attn_norm', c.dim)
     hidden = normed(x_BTD, scale, c.norm_eps, precision)
@@ -67,9 +67,10 @@ class Block(nn.Module):
       # written in any case, and to quantise those reads no more than to
       # quantise with the norm.
       hidden_BTD = norms.rms_norm(x_BTD, scale, c.norm_eps)
-      ffn = MoE(c, precision, self.parallel, name='ffn')
+      ffn = MoE(c, self.precision, self.parallel, name='ffn')
       out_BTD, stats = ffn(hidden_BTD, mask_BT, decodes)
     else:
+      precision = self.precision.of('dense')
       ffn = MLP(c.inter_dim, c.init_std, precision, name='ffn')
       hidden = normed(x_BTD, scale, c.norm_eps, precision)
       out_BTD, stats = ffn(hidden), None

@@ -76,7 +76,10 @@ class MoE(nn.Module):
     if moe.n_shared_experts:
       inter_dim = moe.n_shared_experts * moe.moe_inter_dim
       shared = MLP(
-        inter_dim, self.config.init_std, self.precision, name='shared'
+        inter_dim,
+        self.config.init_std,
+        self.precision.of('dense'),
+        name='shared',
       )
       y_BTD += sharding.apart(shared(x_BTD))
     stats = MoEStats(
@@ -100,9 +103,8 @@ class MoE(nn.Module):
   def _routed(self, x_BTD, route, decodes):
     """The gated sum of each token's routed experts."""
     B, T, D = x_BTD.shape
-    exchange = expert.Exchange.of(
-      self.config.moe, self.precision, self.parallel
-    )
+    precision = self.precision.of('experts')
+    exchange = expert.Exchange.of(self.config.moe, precision, self.parallel)
     ids_TK = route.expert_ids_TK.reshape(B * T, -1)
     if self.has_variable('router_state', 'replicas'):
       replicas_EX = self.get_variable('router_state', 'replicas')
@@ -110,7 +112,7 @@ class MoE(nn.Module):
       # Copies may lie on other nodes than their expert's group.
       exchange = dataclasses.replace(exchange, max_nodes=0)
     weights = self._expert_weights()
-    quantized, fp8 = quantize.is_quantized(weights), self.precision.fp8.enabled
+    quantized, fp8 = quantize.is_quantized(weights), precision.fp8.enabled
     # To quantise them for every token would cost more than it saves.
     fp8 = fp8 and (quantized or not decodes)
     if not (fp8 or quantized):  # With FP8 they are rounded once, to it.

@@ -60,17 +60,21 @@ def sizes(config: Config, is_moe: bool) -> dict[str, float]:
     heads = (m.n_heads + 2 * m.n_kv_heads) * m.gqa.head_dim
   inter = moe.n_shared_experts * moe.moe_inter_dim if is_moe else m.inter_dim
   # In FP8, what the projections and the FFN multiply.
-  codes = 2 * m.dim + latents if config.precision.fp8.enabled else 0
-  codes = formats.stored(config, 'fmt', codes)
+  codes = {'attention': m.dim + latents, 'dense': m.dim}
+  codes = sum(
+    formats.stored(config, module, 'fmt', count)
+    for module, count in codes.items()
+    if config.precision.of(module).fp8.enabled
+  )
   # Logits; ids, the permutation and its inverse.
   routing = 4 * (moe.n_routed_experts + 3 * moe.n_activated_experts)
   return {
     'latents': latents * width,
-    'attn_out': formats.stored(config, 'attn_out_fmt', out),
+    'attn_out': formats.stored(config, 'attention', 'attn_out_fmt', out),
     'lse': 4 * m.n_heads,
     'wo': m.dim * width,
     'routing': routing if is_moe else 0,
-    'ffn_up': formats.stored(config, 'swiglu_fmt', 2 * inter),
+    'ffn_up': formats.stored(config, 'dense', 'swiglu_fmt', 2 * inter),
     'heads': heads * width,
     'w2': m.dim * width if inter else 0,
     'linear_in': codes,
@@ -87,7 +91,9 @@ def row_sizes(config: Config) -> dict[str, float]:
   dispatched, _ = communication.token_bytes(config)
   return {
     'rows': dispatched if is_sent else 0,
-    'ffn_up': formats.stored(config, 'swiglu_fmt', 2 * m.moe.moe_inter_dim),
+    'ffn_up': formats.stored(
+      config, 'experts', 'swiglu_fmt', 2 * m.moe.moe_inter_dim
+    ),
   }
 
 

@@ -63,7 +63,7 @@ def _hit(parts: float, items: float, drawn: float) -> float:
 def token_bytes(config: Config) -> tuple[float, float]:
   """Bytes of one token dispatched, and combined."""
   dim = config.model.dim
-  dispatched = formats.stored(config, 'dispatch_fmt', dim)
+  dispatched = formats.stored(config, 'experts', 'dispatch_fmt', dim)
   return dispatched, dim * formats.width(config)
 
 

@@ -13,12 +13,13 @@ def width(config: Config) -> int:
   return BYTES[config.precision.compute_dtype]
 
 
-def stored(config: Config, field: str, count: float) -> float:
+def stored(config: Config, module: str, field: str, count: float) -> float:
   """Bytes of `count` numbers in the format of a field of `precision.fp8`.
 
-  Codes, of which E5M6 takes 12 bits, and scales; without FP8 the compute dtype.
+  Codes, of which E5M6 takes 12 bits, and scales; the compute dtype, if the
+  linears of the module ('attention', 'dense', 'experts') are not in FP8.
   """
-  fp8 = config.precision.fp8
+  fp8 = config.precision.of(module).fp8
   if not fp8.enabled:
     return count * width(config)
   bits = 1 + sum(map(int, re.findall(r'\d+', getattr(fp8, field))))
