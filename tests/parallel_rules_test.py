@@ -2,6 +2,7 @@
 
 import functools
 import math
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -152,9 +153,14 @@ class ShardingTest(parameterized.TestCase):
     self.assertEqual(sharding.local_experts(8), 8)
     self.assertEmpty(sharding.shards(rules.BATCH))
 
-  @parameterized.product(layout=('DP', 'FSDP', 'EP', 'EP+FSDP'), zero1=(0, 1))
-  def test_collected_parts_and_their_gradients(self, layout, zero1):
+  @parameterized.product(
+    layout=('DP', 'FSDP', 'EP', 'EP+FSDP'), zero1=(0, 1), processes=(0, 1)
+  )
+  def test_collected_parts_and_their_gradients(self, layout, zero1, processes):
     """`gather` gives back the whole; the gradient is that of one device."""
+    self.enter_context(
+      mock.patch.object(jax.distributed, 'is_initialized', lambda: processes)
+    )
     mesh = mesh_lib.build(config_lib.ParallelConfig(**_LAYOUTS[layout]))
     names, shape = ('dim', None), (16, 3)
     place = rules.place(names, shape, mesh.shape, bool(zero1))
@@ -184,9 +190,10 @@ class ShardingTest(parameterized.TestCase):
         check_vma=False,
       )
     )
-    value, gradient = run(
-      jax.device_put(w, NamedSharding(mesh, place.stored)), x
-    )
+    w_parts = jax.device_put(w, NamedSharding(mesh, place.stored))
+    if processes:
+      self.assertNotRegex(str(run.trace(w_parts, x).jaxpr), 'reduce_scatter')
+    value, gradient = run(w_parts, x)
     expected = jax.value_and_grad(loss)(w, x)
     tolerances.assert_close(
       (value, gradient), expected, tolerances.COMPONENT_PARITY

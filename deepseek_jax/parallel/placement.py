@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from deepseek_jax.parallel import ticks
+from deepseek_jax.parallel import sharding, ticks
 from deepseek_jax.parallel.schedules import Schedule
 
 AXIS = 'stage'
@@ -153,7 +153,7 @@ def collect(
       x = _take(x, jnp.asarray(sources).reshape(-1))
       x = lax.all_to_all(x, AXIS, 0, dim, tiled=True)
     else:
-      x = lax.all_gather(x, axis, axis=dim, tiled=True)
+      x = sharding.all_gather(x, axis, dim)
   return x
 
 
@@ -180,7 +180,7 @@ def give_back(
       grad = lax.all_to_all(grad, AXIS, dim, 0, tiled=True)
       grad = _put(grad, jnp.asarray(sources).reshape(-1), n_layers)
     else:
-      grad = lax.psum_scatter(grad, axis, scatter_dimension=dim, tiled=True)
+      grad = sharding.psum_scatter(grad, axis, dim)
     summed.add(axis)
   if sources is not None and AXIS not in summed:
     own = jnp.asarray(sources)[lax.axis_index(AXIS)]
