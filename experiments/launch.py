@@ -10,6 +10,8 @@ On a cluster, let srun or mpirun start the command, with
 --parallel.num_processes=0: see BUILD.md.
 """
 
+import contextlib
+import random
 import shutil
 import signal
 import socket
@@ -26,16 +28,24 @@ _PROCESSES = absl_flags.DEFINE_integer(
 )
 # A process notices by itself that another is gone, and says so.
 _GRACE_SECONDS = 45
+_PORTS = 15_000, 32_000  # Linux gives connections those from 32,768 on.
 
 
-def _free_port() -> int:
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    return s.getsockname()[1]
+def free_port() -> int:
+  """A port of this machine that nobody listens to.
+
+  It is not one of those that the kernel gives to connections: one of these may
+  be gone before the first process, which imports JAX first, listens to it.
+  """
+  while True:
+    port = random.randrange(*_PORTS)
+    with contextlib.suppress(OSError), socket.socket() as s:
+      s.bind(('127.0.0.1', port))
+      return port
 
 
 def _start(command: list[str]) -> list[subprocess.Popen]:
-  count, coordinator = _PROCESSES.value, f'127.0.0.1:{_free_port()}'
+  count, coordinator = _PROCESSES.value, f'127.0.0.1:{free_port()}'
   return [
     subprocess.Popen(
       [

@@ -3,6 +3,7 @@
 from absl.testing import absltest, parameterized
 
 from deepseek_jax.parallel import hlo, overlap
+from deepseek_jax.training import ahead
 
 _GEMM = (
   'custom_call_target="__cublas$lt$matmul", backend_config={{"dot_dimension_'
@@ -70,6 +71,15 @@ class OverlapTest(parameterized.TestCase):
     around = self.found['further']
     self.assertEqual(around.free, (_DOT, 0))
     self.assertFalse(around.hidden)
+
+  def test_what_each_part_sends(self):
+    """A further round, which may not be, counts for nothing."""
+    found = hlo.collectives(hlo.parse(_TEXT), {'expert': 2})
+    program = ahead.Program(_TEXT, 0, 0, found, 0.0, 0.0)
+    *_, rule, row = ahead.describe_overlap(program).splitlines()
+    self.assertStartsWith(rule, '|---')
+    megabytes = ' | '.join(['6.4e-05'] * 3)  # Half of 128 bytes.
+    self.assertEqual(row, f'| main | expert | all-to-all | {megabytes} |')
 
 
 if __name__ == '__main__':

@@ -226,7 +226,28 @@ def describe_overlap(program: Program) -> str:
         *map(_work, works),
       )
       lines.append(f'| {" | ".join(cells)} |')
-  return '\n'.join(lines)
+  return '\n'.join([*lines, *_parts(program, beside)])
+
+
+def _parts(program, beside):
+  """What each part of the program sends, and how much of that has company."""
+  rows = collections.defaultdict(lambda: [0.0] * 3)
+  for c in program.collectives:
+    if c.is_counted:
+      around, size = beside[c.name], c.sent / c.times / 1e6
+      row = rows[around.computation, '+'.join(c.axes), c.kind]
+      for i, works in enumerate((True, around.free, around.hidden)):
+        row[i] += size if works else 0
+  lines = [
+    'MB that one execution of a part sends; of these, with products that may '
+    'run beside them, and with products that are scheduled so:',
+    '| in | over | collective | MB sent | beside | scheduled |',
+    '|---|---|---|---:|---:|---:|',
+  ]
+  for key, sizes in rows.items():
+    cells = *key, *(f'{size:.4g}' for size in sizes)
+    lines.append(f'| {" | ".join(cells)} |')
+  return lines
 
 
 def _work(work: overlap.Work) -> str:
