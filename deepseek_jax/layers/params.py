@@ -109,8 +109,13 @@ def constant(
   if value:
     local.fill(value)
   if whole:
-    return jnp.asarray(local)
+    return _put(local)
   return jax.make_array_from_callback(like.shape, sharding, lambda _: local)
+
+
+def _put(local):
+  """On the default device; `jnp.asarray` would compile a copy of each shape."""
+  return jax.device_put(local, may_alias=False)
 
 
 def _draw(box, stacked, seed, sharding, pool):
@@ -140,7 +145,7 @@ def _draw(box, stacked, seed, sharding, pool):
   def finish():
     list(filled)
     if sharding is None:
-      return jnp.asarray(drawn.reshape(shape))
+      return _put(drawn.reshape(shape))
     return jax.make_array_from_callback(shape, sharding, part)
 
   return finish
