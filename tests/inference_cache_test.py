@@ -175,6 +175,33 @@ class WriteTest(parameterized.TestCase):
     filled = cached_attention.write_rows(empty, jnp.ones((2, 3, 1)), at)
     np.testing.assert_array_equal(filled[..., 0], [[1, 0, 0, 1], [0, 0, 1, 0]])
 
+  @parameterized.parameters(-1, 0, 3, 4)
+  def test_a_single_row(self, at):
+    filled = cached_attention.write_rows(
+      jnp.zeros((1, 4, 2)), jnp.ones((1, 1, 2)), jnp.array([[at]])
+    )
+    want = (np.arange(4) == at)[None, :, None] * np.ones(2)
+    np.testing.assert_array_equal(filled, want)
+
+  def test_a_single_row_copies_no_cache(self):
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(cache, new):
+      def body(i, carry):
+        cache, total = carry
+        at = jnp.broadcast_to(i, (1, 1))
+        cache = cached_attention.write_rows(cache, new, at)
+        q = jnp.ones((1, 1, 2, 16)) * total
+        out = cached_attention.attend_latents(q, cache, 8, at, 1.0)
+        return cache, total + out.sum()
+
+      return jax.lax.fori_loop(0, 3, body, (cache, jnp.float32(1)))
+
+    cache = jax.ShapeDtypeStruct((1, 24, 16), jnp.float32)
+    new = jax.ShapeDtypeStruct((1, 1, 16), jnp.float32)
+    text = run.lower(cache, new).compile().as_text()
+    self.assertIn('f32[1,24,16]', text)
+    self.assertNotRegex(text, r'f32\[1,24,16\]\S* copy\(')
+
   def test_what_lies_beyond_is_not_read(self):
     rng = np.random.default_rng(0)
     q, k, v = (

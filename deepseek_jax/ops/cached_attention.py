@@ -23,9 +23,15 @@ def write_rows(
   cache_BSX: jax.Array, new_BTX: jax.Array, positions_BT: jax.Array
 ) -> jax.Array:
   """Stores each token at its own position; positions outside are dropped."""
-  rows = jnp.arange(cache_BSX.shape[0])[:, None]
+  S = cache_BSX.shape[1]
   # A negative index would count from the end.
-  inside = jnp.where(positions_BT < 0, cache_BSX.shape[1], positions_BT)
+  inside = jnp.where(positions_BT < 0, S, positions_BT)
+  if inside.size == 1:
+    # Beside one that is dropped: XLA makes a single row a slice of its own,
+    # updates it once per reader and copies all of the cache for each.
+    inside = jnp.pad(inside, ((0, 0), (0, 1)), constant_values=S)
+    new_BTX = jnp.pad(new_BTX, ((0, 0), (0, 1), *[(0, 0)] * (new_BTX.ndim - 2)))
+  rows = jnp.arange(cache_BSX.shape[0])[:, None]
   return cache_BSX.at[rows, inside].set(
     new_BTX.astype(cache_BSX.dtype), mode='drop'
   )
