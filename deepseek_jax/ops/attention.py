@@ -138,8 +138,10 @@ def _attend_bwd(scale, keep, residuals, cotangents):
     dout.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True
   )
   dqs = []
-  dk = jnp.zeros(k.shape, jnp.float32)
-  dv = jnp.zeros(v.shape, jnp.float32)
+  # Keys last: of two operands that are contracted over their rows, a CPU
+  # transposes the first, and queries are smaller than scores.
+  dk = jnp.zeros(k.mT.shape, jnp.float32)
+  dv = jnp.zeros(v.mT.shape, jnp.float32)
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   blocks = _blocks(q.shape[2])
   for start, end in blocks:
@@ -152,12 +154,12 @@ def _attend_bwd(scale, keep, residuals, cotangents):
     dprobs = product('BNTU,BNSU->BNTS', dout_rows, v[:, :, :end])
     dscores = (probs * (dprobs - delta[:, :, rows]) * scale).astype(q.dtype)
     dqs.append(product('BNTS,BNSH->BNTH', dscores, k[:, :, :end]))
-    dk = dk.at[:, :, :end].add(product('BNTS,BNTH->BNSH', dscores, q_rows))
-    dv = dv.at[:, :, :end].add(
-      product('BNTS,BNTU->BNSU', probs.astype(v.dtype), dout_rows)
+    dk = dk.at[..., :end].add(product('BNTH,BNTS->BNHS', q_rows, dscores))
+    dv = dv.at[..., :end].add(
+      product('BNTU,BNTS->BNUS', dout_rows, probs.astype(v.dtype))
     )
   dq = jnp.concatenate(dqs, 2).astype(q.dtype)
-  return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
+  return dq, dk.mT.astype(k.dtype), dv.mT.astype(v.dtype), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
