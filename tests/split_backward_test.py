@@ -132,6 +132,31 @@ class PlainTest(parameterized.TestCase):
     self.assertNotIn((32,), [s.shape for s in split.residuals])
     self.assertIn((64,), [s.shape for s in split.cut])
 
+  def test_a_kernels_product_waits(self):
+    """Though its result were fewer bytes to keep than what it is made of."""
+
+    @jax.custom_batching.custom_vmap
+    def outer(x, dy):
+      return x.T @ dy
+
+    outer.def_vmap(lambda size, batched, x, dy: (jax.vmap(outer)(x, dy), True))
+
+    @jax.custom_vjp
+    def product(x, w):
+      return x @ w
+
+    product.defvjp(
+      lambda x, w: (x @ w, (x, w)),
+      lambda saved, dy: (dy @ saved[1].T, outer(jnp.sin(saved[0]), dy)),
+    )
+
+    def function(w, state, x, aux):
+      return product(jnp.cos(x), w), None
+
+    x, dy = np.ones((2, 32, 4), np.float32)
+    split = split_backward.split(function, np.eye(4, dtype='f'), (), x, ())
+    self.assertEqual([s.shape for s in split.cut], [dy.shape])
+
   def test_a_scan_stays_whole(self):
     """Why layers are not scanned over: nothing is left for later."""
 

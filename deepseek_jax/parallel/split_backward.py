@@ -37,6 +37,8 @@ _PRODUCTS = (
   'dot_general', 'ragged_dot', 'ragged_dot_general', 'while', 'scan', 'cond',
   'scatter-add',
 )  # fmt: skip
+# How kernels appear; their work is not to be seen.
+_KERNELS = ('custom_vmap_call', 'pallas_call')
 
 
 class _Var:
@@ -507,7 +509,7 @@ def _is_product(equation):
   """Whether it is work that is to wait: no elementwise step to codes."""
   is_narrow = any(v.aval.dtype.itemsize == 1 for v in equation.outputs)
   name = equation.eqn.primitive.name
-  return name in _PRODUCTS or name == 'pallas_call' and not is_narrow
+  return name in _PRODUCTS or name in _KERNELS and not is_narrow
 
 
 def _is_computed(equation):
