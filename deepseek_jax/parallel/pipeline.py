@@ -50,32 +50,54 @@ class Program:
 
 
 class _Union:
-  """Buffers that hold the arrays of any signature, alike arrays in common."""
+  """Buffers that hold the arrays of any signature, each as one row of numbers.
+
+  The largest array of a dtype shares its buffer with the largest of the other
+  signatures, the next with the next.
+  """
 
   def __init__(self, shapes: Mapping[Signature, Sequence[Any]]):
-    counts = collections.Counter()
-    for leaves in shapes.values():
-      counts |= collections.Counter((s.shape, s.dtype) for s in leaves)
-    self.shapes = [jax.ShapeDtypeStruct(*key) for key in counts.elements()]
-    self._places = {sig: self._match(leaves) for sig, leaves in shapes.items()}
-
-  def _match(self, leaves):
-    free = collections.defaultdict(list)
-    for i, s in enumerate(self.shapes):
-      free[s.shape, s.dtype].append(i)
-    return [free[s.shape, s.dtype].pop(0) for s in leaves]
+    self._arrays = shapes
+    self._keys = {sig: _by_size(arrays) for sig, arrays in shapes.items()}
+    self._sizes: dict[tuple, int] = {}
+    for signature, arrays in shapes.items():
+      for key, s in zip(self._keys[signature], arrays):
+        self._sizes[key] = max(s.size, self._sizes.get(key, 0))
+    self.shapes = [
+      jax.ShapeDtypeStruct((size,), dtype)
+      for (dtype, _), size in self._sizes.items()
+    ]
 
   def pack(self, signature: Signature, leaves: Sequence[jax.Array]) -> list:
     """One value per buffer, zeros where the signature has none."""
-    values = dict(zip(self._places[signature], leaves))
-    return [
-      values[i] if i in values else jnp.zeros(s.shape, s.dtype)
-      for i, s in enumerate(self.shapes)
-    ]
+    values = dict(zip(self._keys[signature], leaves))
+
+    def one(key, size):
+      if key not in values:
+        return jnp.zeros(size, key[0])
+      flat = values[key].reshape(-1)
+      return jnp.pad(flat, (0, size - flat.size))
+
+    return [one(*item) for item in self._sizes.items()]
 
   def unpack(self, signature: Signature, buffers: Sequence[jax.Array]) -> list:
     """The inverse of `pack`."""
-    return [buffers[i] for i in self._places[signature]]
+    values = dict(zip(self._sizes, buffers))
+    return [
+      values[key][: s.size].reshape(s.shape)
+      for key, s in zip(self._keys[signature], self._arrays[signature])
+    ]
+
+
+def _by_size(arrays: Sequence[Any]) -> list[tuple[Any, int]]:
+  """Of each array: its dtype, and how many of that dtype are larger."""
+  order = sorted(range(len(arrays)), key=lambda i: -arrays[i].size)
+  seen, keys = collections.Counter(), {}
+  for i in order:
+    dtype = arrays[i].dtype
+    keys[i] = dtype, seen[dtype]
+    seen[dtype] += 1
+  return [keys[i] for i in range(len(arrays))]
 
 
 # What a branch does: the signatures of its forward, of its gradient of an
@@ -109,6 +131,7 @@ def _columns(table: Table, layout: Layout, actions: Sequence[_Action]):
       'b_chunk': backward.chunk if backward else 0,
       'embeds': stage(forward) == 0,
       'has_loss': stage(forward) == schedule.stages - 1,
+      'has_grads': cell.weight is not None,
       'ends': stage(cell.backward) == 0,
       'x': cell.x_slot,
       'g': cell.g_slot,
@@ -222,7 +245,7 @@ class _Rank:
 
   def _start(self):
     table = self._table
-    report = self._head_shapes()[0]
+    report, *_ = jax.eval_shape(self._head_grad, self._micro(0), self._x)
     return {
       'residuals': _empty(self._residuals.shapes, table.residual_slots),
       'cut': _empty(self._cut.shapes, table.cut_slots),
@@ -248,16 +271,19 @@ class _Rank:
     g = _read(carry['g'], at['g'])
     rings = carry['residuals'], carry['cut']
     out = lax.switch(at['action'], branches, at, f_micro, b_micro, x, g, *rings)
-    report, douter, dy = self._head(at, f_micro, out['y'])
-    douter['embed'] += self._embed_grad(at, b_micro, out['dx'])
+    douter, report, dy = self._head(at, f_micro, out['y'], carry)
     return {
       'residuals': _write(rings[0], at['save'], out['residuals']),
       'cut': _write(rings[1], at['cut_save'], out['cut']),
       **self._exchange(carry, at, out, dy),
-      'dlayers': self._add(carry['dlayers'], out['dparams'], at['b_chunk']),
-      'douter': jax.tree.map(jnp.add, carry['douter'], douter),
+      'dlayers': _if(
+        at['has_grads'],
+        lambda total: self._add(total, out['dparams'], at['b_chunk']),
+        carry['dlayers'],
+      ),
+      'douter': self._embed_grad(at, b_micro, out['dx'], douter),
       'stats': self._add(carry['stats'], out['stats'], at['f_chunk']),
-      'report': jax.tree.map(jnp.add, carry['report'], report),
+      'report': report,
     }, None
 
   def _exchange(self, carry, at, out, dy):
@@ -441,24 +467,29 @@ class _Rank:
     grads, report = jax.grad(loss, (0, 1), has_aux=True)(self._outer, y)
     return report, *grads
 
-  def _head_shapes(self):
-    return jax.eval_shape(self._head_grad, self._micro(0), self._x)
+  def _head(self, at, micro, y, carry):
+    """(gradients of the outer parameters, report, both summed; dy)."""
 
-  def _head(self, at, micro, y):
-    return lax.cond(
-      at['has_loss'],
-      lambda: self._head_grad(micro, y),
-      lambda: _zeros(self._head_shapes()),
-    )
+    def run(carry):
+      report, grads, dy = self._head_grad(micro, y)
+      douter, total = jax.tree.map(jnp.add, carry[:2], (grads, report))
+      return douter, total, dy
 
-  def _embed_grad(self, at, micro, dx):
-    embedding = self._outer['embed']
+    first = carry['douter'], carry['report'], jnp.zeros_like(y)
+    return _if(at['has_loss'], run, first)
 
-    def grad():
-      _, vjp = jax.vjp(lambda e: self._program.embed(e, micro), embedding)
-      return vjp(dx)[0]
+  def _embed_grad(self, at, micro, dx, douter):
+    def add(total):
+      embed = functools.partial(self._program.embed, micro=micro)
+      _, vjp = jax.vjp(embed, self._outer['embed'])
+      return total + vjp(dx)[0]
 
-    return lax.cond(at['ends'], grad, lambda: jnp.zeros_like(embedding))
+    return {**douter, 'embed': _if(at['ends'], add, douter['embed'])}
+
+
+def _if(flag: jax.Array, update: Callable[[Any], Any], value: Any) -> Any:
+  """`update(value)` if `flag`, in place: a conditional would copy `value`."""
+  return lax.fori_loop(0, flag, lambda _, v: update(v), value)
 
 
 def _alone(program: turns.Turn) -> Any:
