@@ -43,6 +43,9 @@ _AGAINST = absl_flags.DEFINE_list(
   ['transformers:grouped_mm:sdpa', 'transformers:eager:sdpa'],
   'Implementations to compare with; see bench_worker.py.',
 )
+_SCHEDULES = absl_flags.DEFINE_list(
+  'schedules', list(config_lib.PIPELINES), 'Suite pipeline: rows of the table.'
+)
 flags.define(default_preset='bench_cpu')
 
 OURS = 'deepseek_jax'
@@ -254,7 +257,8 @@ def main() -> None:
       print(line, flush=True)
     return
   if _SUITE.value == 'pipeline':
-    print(bench_pipeline.table(config))
+    for line in bench_pipeline.lines(config, _SCHEDULES.value):
+      print(line, flush=True)
     return
   preset = absl_flags.FLAGS.preset
   updates = config_lib.diff(presets.PRESETS[preset](), config)

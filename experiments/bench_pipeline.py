@@ -1,77 +1,166 @@
 """Pipeline schedules side by side, for `bench --suite=pipeline`.
 
-On two CPU devices.  The measured bubble is what of a step's gradients does not
-grow with the micro-batches: t(M) - M (t(2M) - t(M)) / M, as a share of t(M).
-That includes what is done once a step, such as collecting the parameters.
+Four layers on two CPU devices of one thread each, two to a rank whatever the
+schedule, and micro-batches long enough for arithmetic to take most of the time.
+
+Each kind of task is timed alone, on one device.  The bubbles follow from these
+costs and from the tables that the program runs, so that they say nothing of the
+rest of a step.  The last is measured as a whole: the share of a step's
+gradients in which a rank does none of its tasks, by their costs; in it is all
+that is done once a step, such as collecting the parameters, and that two
+devices which share a memory are slower than one.
 """
 
+import os
 import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from deepseek_jax import config as config_lib
 
 _RANKS, _MICROBATCHES = 2, 8
 _REPEATS = 5
+_LAYERS = 2 * _RANKS
+_SHAPE = {
+  'model.n_layers': _LAYERS,
+  'model.n_dense_layers': 0,
+  'model.n_mtp_layers': 0,
+  'data.seq_len': 256,
+  'data.batch_size_start': 0,
+  'data.batch_size': 4 * _MICROBATCHES,
+  'train.micro_batch_size': 4,
+  'parallel.stage': _RANKS,
+  'parallel.cpu_devices': _RANKS,
+}
 
 
-def table(config: config_lib.Config) -> str:
-  """Ticks, bubbles, memory and compile time of every schedule."""
-  from deepseek_jax.parallel import simulate, ticks
-  from deepseek_jax.training import pipelined, process
+def lines(
+  config: config_lib.Config, names: Sequence[str] = config_lib.PIPELINES
+) -> Iterator[str]:
+  """Ticks, bubbles, memory and compile time of schedules: a table."""
+  # Else a rank that works takes the core of one that waits.
+  flags = os.environ.get('XLA_FLAGS', '')
+  os.environ['XLA_FLAGS'] = f'{flags} --xla_cpu_multi_thread_eigen=false'
+  from deepseek_jax.training import process
 
-  config = config_lib.replace(
-    config,
-    {
-      'parallel.stage': _RANKS,
-      'parallel.cpu_devices': _RANKS,
-      'data.batch_size_start': 0,
-      'data.batch_size': _MICROBATCHES,
-      'train.micro_batch_size': 1,
-      'train.remat': 'full',
-    },
-  )
+  config = config_lib.replace(config, _SHAPE)
   process.join(config.parallel)
-  lines = [
-    f'{_RANKS} stages, {_MICROBATCHES} micro-batches',
-    '| schedule | ticks | bubble, paper | in lockstep | measured '
-    '| micro-batches held | temporary MB | compile s |',
-    '|---|---:|---:|---:|---:|---:|---:|---:|',
-  ]
-  for name in config_lib.PIPELINES:
+  costs = _costs(config)
+  yield (
+    f'{_RANKS} ranks, {_MICROBATCHES} micro-batches; a layer takes '
+    f'{1e3 * costs.forward:.1f} ms for F, '
+    f'{1e3 * (costs.backward - costs.weight):.1f} for an input gradient, '
+    f'{1e3 * costs.weight:.1f} for W, {1e3 * costs.pair:.1f} for F&B'
+  )
+  yield (
+    '| schedule | ticks | bubble, equal costs | measured costs '
+    '| in lockstep | of a step | stages held | temporary MB | compile s |'
+  )
+  yield '|---|---:|---:|---:|---:|---:|---:|---:|---:|'
+  for name in names:
     own = config_lib.replace(config, {'parallel.schedule': name})
-    schedule = pipelined.make_schedule(own.parallel, _MICROBATCHES)
-    run, cells = simulate.simulate(schedule), ticks.build(schedule)
-    few, more = (
-      _measure(config_lib.replace(own, {'data.batch_size': n}))
-      for n in (_MICROBATCHES, 2 * _MICROBATCHES)
-    )
-    bubble = 2 - more['seconds'] / few['seconds']
-    lines.append(
-      f'| {name} | {len(cells.cells)} | {run.bubble(0) / run.makespan:.0%} '
-      f'| {cells.bubble(0) / cells.makespan():.0%} | {bubble:.0%} '
-      f'| {cells.residual_slots} | {few["bytes"] / 1e6:.1f} '
-      f'| {few["compile"]:.0f} |'
-    )
-  return '\n'.join(lines)
+    yield _row(name, costs, _measure(own))
+
+
+def _row(name: str, costs: Any, measured: dict[str, Any]) -> str:
+  from deepseek_jax.parallel import schedules, simulate, ticks
+
+  schedule = schedules.make(name, _RANKS, _MICROBATCHES)
+  equal, own = (simulate.simulate(schedule, c) for c in (simulate.EQUAL, costs))
+  table = ticks.build(schedule)
+  layers = _LAYERS / schedule.stages  # Of a task; costs are of one.
+  bubbles = (
+    equal.bubble(0) / equal.makespan,
+    own.bubble(0) / own.makespan,
+    table.bubble(0, costs) / table.makespan(costs),
+    1 - layers * own.busy(0) / measured['seconds'],
+  )
+  shown = ' | '.join(f'{bubble:.0%}' for bubble in bubbles)
+  return (
+    f'| {name} | {len(table.cells)} | {shown} | {table.residual_slots} '
+    f'| {measured["bytes"] / 1e6:.1f} | {measured["compile"]:.0f} |'
+  )
+
+
+def _seconds(function: Callable[..., Any], *args: Any) -> float:
+  """The least of several runs, after one more."""
+  import jax
+
+  times = []
+  for _ in range(_REPEATS + 1):
+    start = time.perf_counter()
+    jax.block_until_ready(function(*args))
+    times.append(time.perf_counter() - start)
+  return min(times[1:])
+
+
+def _batch(config: config_lib.Config) -> dict[str, Any]:
+  import numpy as np
+
+  b = config.micro_batch_size
+  shape = config.data.batch_size // b, b, config.data.seq_len + 1
+  tokens = np.random.default_rng(0).integers(
+    1, config.model.vocab_size, shape, np.int32
+  )
+  return {'tokens': tokens, 'segments': np.ones_like(tokens)}
+
+
+def _costs(config: config_lib.Config) -> Any:
+  """Seconds of each kind of task, of one layer and micro-batch."""
+  import jax
+  import jax.numpy as jnp
+
+  from deepseek_jax.parallel import simulate, split_backward
+  from deepseek_jax.training import pipelined, schedules, step
+
+  model = step.build_model(config_lib.replace(config, {'parallel.stage': 1}))
+  program = pipelined.make_program(model, config, step.objective)
+  variables = step.init_variables(model, 0)
+  variables = jax.tree.map(jnp.asarray, variables)
+  batch = _batch(config)
+  totals = step.batch_totals(batch, config)
+  micro = jax.tree.map(lambda a: jnp.asarray(a[0]), batch)
+  aux = micro, (schedules.Schedule(config).at(0), totals)
+  x = program.embed(variables['params']['embed'], micro)
+  params, state = (
+    jax.tree.map(lambda a: a[0], variables[c]['moe_layers'])
+    for c in ('params', 'router_state')
+  )
+  split = split_backward.split(
+    program.layers['moe_layers'], params, state, x, aux
+  )
+  own = params, state, jax.jit(split.prepare)(params, state)
+  run = {
+    name: jax.jit(getattr(split, name))
+    for name in ('forward', 'input_grad', 'weight_grad')
+  }
+  y, _, saved = run['forward'](*own, x, aux)
+  _, cut = run['input_grad'](*own, aux, saved, y)
+
+  @jax.jit
+  def pair(x, y, saved):
+    return split.forward(*own, x, aux), split.backward(*own, aux, saved, y)
+
+  weight = _seconds(run['weight_grad'], *own, aux, saved, cut)
+  return simulate.Costs(
+    forward=_seconds(run['forward'], *own, x, aux),
+    backward=weight + _seconds(run['input_grad'], *own, aux, saved, y),
+    weight=weight,
+    pair=_seconds(pair, x, y, saved),
+  )
 
 
 def _measure(config: config_lib.Config) -> dict[str, Any]:
   """Seconds, memory and compile time of one batch's gradients."""
   import jax
-  import numpy as np
 
   from deepseek_jax.training import optimizer, schedules, step
 
-  n = config.data.batch_size
   model = step.build_model(config)
   layout = step.make_layout(model, config)
   tx = optimizer.adamw(config.optim, config.precision)
   state = step.init_state(model, tx, 0, layout)
-  tokens = np.random.default_rng(0).integers(
-    1, config.model.vocab_size, (n, 1, config.data.seq_len + 1), np.int32
-  )
-  batch = {'tokens': tokens, 'segments': np.ones_like(tokens)}
-  batch = layout.put_batch(batch)
+  batch = layout.put_batch(_batch(config))
   args = (
     state.params,
     state.router_state,
@@ -83,13 +172,8 @@ def _measure(config: config_lib.Config) -> dict[str, Any]:
   start = time.perf_counter()
   compiled = jax.jit(gradients).lower(*args).compile()
   compile_seconds = time.perf_counter() - start
-  times = []
-  for _ in range(_REPEATS + 1):
-    start = time.perf_counter()
-    jax.block_until_ready(compiled(*args))
-    times.append(time.perf_counter() - start)
   return {
-    'seconds': min(times[1:]),
+    'seconds': _seconds(compiled, *args),
     'bytes': compiled.memory_analysis().temp_size_in_bytes,
     'compile': compile_seconds,
   }
