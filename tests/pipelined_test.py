@@ -52,11 +52,13 @@ _NODES = (
 )
 _TWO_LAYERS = (('model.n_layers', 2), ('model.n_dense_layers', 0))
 # Tiles along the tokens end where sequences do.
-_FP8 = (
+_FP8_MTP = (
   *_TWO_LAYERS,
+  ('data.batch_size', 8),
   ('data.seq_len', 128),
   ('precision.fp8.enabled', True),
 )
+_FP8 = (*_FP8_MTP, ('model.n_mtp_layers', 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +74,13 @@ class _Case:
 
   @property
   def config(self):
-    return config_lib.replace(
-      presets.tiny(),
-      _SMALL
-      | {
-        'parallel.stage': self.stage,
-        'parallel.schedule': self.schedule,
-        'parallel.microbatches': 8,
-      }
-      | dict(self.updates),
-    )
+    updates = _SMALL | dict(self.updates)
+    pipeline = {
+      'parallel.stage': self.stage,
+      'parallel.schedule': self.schedule,
+      'parallel.microbatches': min(8, updates['data.batch_size'] // 2),
+    }
+    return config_lib.replace(presets.tiny(), pipeline | updates)
 
 
 def _batch(config, step):
@@ -187,8 +186,11 @@ class GradientsTest(parameterized.TestCase):
     self._assert_equal(case, tolerances.BFLOAT16, is_rounded=True)
 
   @parameterized.parameters(
+    _Case('gpipe', 2, _FP8),
+    _Case('1f1b', 2, _FP8),
+    _Case('interleaved', 2, _FP8),
     _Case('zb_h1', 2, _FP8),
-    _Case('dualpipe', 2, _FP8),
+    _Case('dualpipe', 2, _FP8_MTP),
     _Case('dualpipe_v', 2, _FP8),
   )
   @pytest.mark.slow
@@ -199,9 +201,7 @@ class GradientsTest(parameterized.TestCase):
   @pytest.mark.slow
   def test_fp8_experts(self):
     """As without stages: tests/parallel_fp8_test.py has those beside one."""
-    few = (('data.batch_size', 8), ('parallel.microbatches', 4))
-    alone = (('model.n_mtp_layers', 0), ('parallel.expert', 2))
-    updates = (*_FP8, *few, *alone)
+    updates = (*_FP8, ('parallel.expert', 2))
     expected = _train(_Case('1f1b', 1, updates))
     results = _train(_Case('zb_h1', 2, updates), expected)
     self._compare(results, expected, tolerances.FP8_REORDERED)
