@@ -39,10 +39,16 @@ def compiler_options(mesh: Mesh) -> dict[str, bool]:
   """What XLA is asked for, to run collectives beside computation.
 
   Its scheduler for GPUs otherwise keeps the order of memory use, in which most
-  collectives end before anything else begins.
+  collectives end before anything else begins.  And with FSDP the loop over
+  layers gathers a layer's weights while it computes the one before, which takes
+  the memory of one layer more (experiments/LOG.md).
   """
-  is_gpu = mesh.devices.flat[0].platform in ('gpu', 'cuda')
-  return {'xla_gpu_enable_latency_hiding_scheduler': True} if is_gpu else {}
+  if mesh.devices.flat[0].platform not in ('gpu', 'cuda'):
+    return {}
+  options = ['latency_hiding_scheduler']
+  if mesh.shape['fsdp'] > 1:
+    options += ['pipelined_all_gather', 'pipelined_reduce_scatter']
+  return {f'xla_gpu_enable_{name}': True for name in options}
 
 
 def _misfit(sizes: dict[str, int], count: int) -> str:
