@@ -335,9 +335,28 @@ class BoundsTest(parameterized.TestCase):
     ratio = (
       cost.of_rank(plain, h800).compute / cost.of_rank(_v3(), h800).compute
     )
-    slow = flops.bfloat16_per_token(plain.model, 4096)
-    share = slow / flops.train_per_token(plain.model, 4096)
-    self.assertAlmostEqual(ratio, 1 / (share + (1 - share) / 2))
+    linears = sum(flops.linears_per_token(plain.model).values())
+    share = linears / flops.train_per_token(plain.model, 4096)
+    self.assertAlmostEqual(ratio, 1 / (1 - share + share / 2))
+    # All weights but heads, gates and eh_proj; norms are next to nothing.
+    attended = flops.attention_per_token(plain.model, 4096)
+    others = 6 * (2 * 129_280 * 7168 + 59 * 256 * 7168 + 2 * 7168**2)
+    total = flops.train_per_token(plain.model, 4096) - attended - others
+    self.assertBetween(linears / total, 0.9999, 1)
+
+  @parameterized.parameters(
+    ('attention', 62 * 187_107_328),  # FACTS 1.8, and so below.
+    ('dense', 9 * 7168 * 18_432 + 59 * 3 * 7168 * 2048),
+    ('experts', 59 * 8 * 3 * 7168 * 2048),
+  )
+  def test_a_module_without_fp8_is_timed_in_bfloat16(self, module, weights):
+    h800 = devices.DEVICES['h800']
+    changed = _v3(**{f'precision.fp8.{module}': False})
+    fast, slow = (cost.of_rank(c, h800) for c in (_v3(), changed))
+    per_device = fast.tokens / 2048 * 6 * weights
+    lost = per_device / h800.bf16 - per_device / h800.fp8
+    self.assertAlmostEqual(slow.compute - fast.compute, lost)
+    self.assertEqual(slow.flops, fast.flops)
 
 
 class CommandTest(parameterized.TestCase):

@@ -64,16 +64,19 @@ def of_rank(
 ) -> Cost:
   """The bounds for one rank of a pipeline, or for any device without one.
 
-  Layers are taken to be spread evenly.  With FP8, all but what V3 leaves in
-  BF16 runs at the device's FP8 peak.
+  Layers are taken to be spread evenly.  The linears of the modules that are in
+  FP8 run at the device's FP8 peak.
   """
   model, seq_len = config.model, config.data.seq_len
   tokens = config.data.batch_size * seq_len
   share = tokens / config.parallel.n_devices
   total = flops.train_per_token(model, seq_len)
-  slow = flops.bfloat16_per_token(model, seq_len)
-  fast_peak = device.fp8 if config.precision.fp8.enabled else device.bf16
-  compute = share * (slow / device.bf16 + (total - slow) / fast_peak)
+  fast = sum(
+    part
+    for module, part in flops.linears_per_token(model).items()
+    if config.precision.of(module).fp8.enabled
+  )
+  compute = share * ((total - fast) / device.bf16 + fast / device.fp8)
   bubble = 0.0
   if schedule:
     run = simulate.simulate(schedule)

@@ -30,16 +30,23 @@ def attention_per_token(config: ModelConfig, seq_len: int) -> float:
   return 3 * layers * config.n_heads * dims * seq_len
 
 
-def bfloat16_per_token(config: ModelConfig, seq_len: int) -> float:
-  """The part of `train_per_token` that V3 leaves in BF16 (section 3.3.1).
+def linears_per_token(config: ModelConfig) -> dict[str, float]:
+  """The parts of `train_per_token` that FP8 is for (V3 section 3.3.1).
 
-  The products of attention itself, output heads, gates and `eh_proj`.
+  By module, as `PrecisionConfig.of` names them.  The rest is always in BF16:
+  the products of attention itself, output heads, gates, norms and `eh_proj`.
   """
-  moe, heads = config.moe, 1 + config.n_mtp_layers
-  gates = config.n_moe_layers + (
-    config.n_mtp_layers if moe.n_routed_experts else 0
-  )
-  weights = heads * parameters.embedding(config)
-  weights += gates * moe.n_routed_experts * config.dim
-  weights += config.n_mtp_layers * 2 * config.dim**2
-  return 6 * weights + attention_per_token(config, seq_len)
+  moe, n_mtp = config.moe, config.n_mtp_layers
+  n_moe, n_dense = config.n_moe_layers, config.n_first_dense
+  if moe.n_routed_experts:
+    n_moe += n_mtp
+  else:
+    n_dense += n_mtp
+  expert = 3 * config.dim * moe.moe_inter_dim
+  dense = n_dense * 3 * config.dim * config.inter_dim
+  weights = {
+    'attention': (config.n_layers + n_mtp) * parameters.attention(config),
+    'dense': dense + n_moe * moe.n_shared_experts * expert,
+    'experts': n_moe * moe.n_activated_experts * expert,
+  }
+  return {module: 6 * n for module, n in weights.items()}
