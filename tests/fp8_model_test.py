@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,7 @@ from deepseek_jax.convert import fp8, names
 from deepseek_jax.layers.block import Block
 from deepseek_jax.models import deepseek
 from deepseek_jax.ops import quantize
+from deepseek_jax.parallel import expert
 from tests import tolerances
 from tests.drawn import draw
 from tests.invariance_test import _run, make_config
@@ -238,9 +240,21 @@ class MapTest(parameterized.TestCase):
     ('promote', 64),
     ('attention', False),
     ('dense', False),
+    ('experts', False),
   )
   def test_every_flag_reaches_the_program(self, name, value):
     self.assertNotEqual(_program(**{name: value}), _program())
+
+  @parameterized.parameters(True, False)
+  def test_experts_decide_what_is_sent_to_them(self, enabled):
+    """In BF16 if they are, though all else is in FP8."""
+    sent = mock.patch.object(expert, 'routed_ffn', wraps=expert.routed_ffn)
+    with sent as routed:
+      loss, args = _layer(experts=enabled)
+      jax.eval_shape(loss, *args)
+    exchange = routed.call_args.args[-1]
+    for kept in (exchange.kept, exchange.kept_gradient):
+      self.assertEqual(kept is not None, enabled)
 
 
 def _keys(path):
@@ -280,9 +294,8 @@ def _with_rounded(variables, module):
   )
 
 
-@functools.cache
-def _program(**changes):
-  """The text of a layer and its gradient."""
+def _layer(**changes):
+  """A function of a layer in FP8, and its abstract arguments."""
   config = dataclasses.replace(presets.tiny().model, dim=256, inter_dim=256)
   fp8_config = dataclasses.replace(_FP8, **changes)
   block = Block(config, True, config_lib.PrecisionConfig(fp8=fp8_config))
@@ -293,4 +306,11 @@ def _program(**changes):
   def loss(variables, x):
     return block.apply(variables, x, ids, None, mask)[0].sum()
 
-  return str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(variables, x))
+  return loss, (variables, x)
+
+
+@functools.cache
+def _program(**changes):
+  """The text of a layer and its gradient."""
+  loss, args = _layer(**changes)
+  return str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(*args))
