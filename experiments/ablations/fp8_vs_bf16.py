@@ -24,8 +24,9 @@ gap is the largest of the averaged training losses in the second half:
 The second arm is the control: the same arithmetic, gradients summed in halves,
 parts by 0.33 %; V3's recipe by no more.  No other arm is two standard errors
 beyond it: hours earlier, before sums elsewhere changed, FP8 had 0.53 % and
-Dgrad 128 x 128 0.30 %.  61,000 tokens (V3: 300B) decide between no two recipes,
-but whole tensors lost some validation loss both times, scaled online or late.
+Dgrad 128 x 128 0.30 %.  61,000 tokens (V3: 300B) decide between no two recipes:
+whole tensors, like bfloat16, lost some validation loss both times.  The arm of
+delayed scales ran once.
 """
 
 from experiments import sweep
