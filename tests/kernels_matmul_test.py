@@ -378,29 +378,34 @@ with mosaic.for_hopper():
     operands = jax.tree.map(abstract, jax.eval_shape(cases[name].make))
     jax.jit(run).lower(*operands).compile()
 """
-_ASSEMBLED = (
+_FP8_GEMM = (
+  'fp8_matmul 4096x7168x16384', 'fp8_matmul 4096x2112x7168',
+  'fp8_matmul wgrad 4096x7168x16384', 'grouped fp8 65536x7168x2048 of 8',
+  'grouped fp8 wgrad 65536x7168x2048 of 8',
+)  # fmt: skip
+_OTHERS = (
   'quantize 16384x7168', 'swiglu 16384x7168', 'rms_norm 16384x7168',
-  'turn bf16 16384x7168', 'fp8_matmul 4096x7168x16384',
-  'fp8_matmul 4096x2112x7168', 'fp8_matmul wgrad 4096x7168x16384',
-  *(f'grouped {kind} 65536x7168x2048 of 8' for kind in (
-    'bf16', 'bf16 dgrad', 'bf16 wgrad', 'fp8', 'fp8 wgrad')),
+  'turn bf16 16384x7168', 'grouped bf16 65536x7168x2048 of 8',
+  'grouped bf16 dgrad 65536x7168x2048 of 8',
+  'grouped bf16 wgrad 65536x7168x2048 of 8',
   'permute 8192x8x7168', 'unpermute 8192x8x7168',
 )  # fmt: skip
 
 
 @pytest.mark.slow
-def test_kernels_are_assembled_without_spills():
+@pytest.mark.parametrize('names, most', [(_FP8_GEMM, 0), (_OTHERS, 32)])
+def test_kernels_are_assembled_without_spills(names, most):
   """By ptxas for sm_90a: no tile leaves the registers.
 
   An accumulator of 64 x 128 is 256 bytes of each thread.
   """
-  reports = deviceless.assembled('-c', _ASSEMBLE, *_ASSEMBLED)
-  assert len(reports) == len(_ASSEMBLED)
+  reports = deviceless.assembled('-c', _ASSEMBLE, *names)
+  assert len(reports) == len(names)
   for report in reports:
     assert 'sm_90a' in report
     assert 'serialized' not in report  # Of wgmma: one waits for the other.
     spilled = re.findall(r'(\d+) bytes spill stores', report)
-    assert spilled and max(map(int, spilled)) <= 32, report
+    assert spilled and max(map(int, spilled)) <= most, report
 
 
 class ReferenceTest(parameterized.TestCase):
