@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 from absl import flags as absl_flags
 from absl.testing import absltest, parameterized
+from matplotlib import colors, figure
 
 from deepseek_jax import config as config_lib
 from deepseek_jax import flags, presets
@@ -245,6 +246,22 @@ class ReportTest(parameterized.TestCase):
     tolerances.assert_close(
       report.loss_gap(other, plain), 0.9**4, tolerances.FLOAT32_MATH
     )
+
+  def test_an_arm_has_one_color_in_the_picture_and_is_named(self):
+    """Also after one of whose seeds the first arm has none, and so no gap."""
+    runs = [_run('a', 0), _run('b', 1), _run('c', 0)]
+    runs[-1].records[-1]['loss'] *= 2
+    groups = {run.arm: [run] for run in runs}
+    losses, gaps = figure.Figure().subplots(2)
+    report._draw_losses(losses, groups)
+    report._draw_gaps(gaps, groups)
+    (loss,) = (x for x in losses.lines if x.get_label() == 'c')
+    (gap,) = (x for x in gaps.lines if x.get_label() == 'c')
+    self.assertTrue(colors.same_color(gap.get_color(), loss.get_color()))
+    names = [text.get_text() for text in gaps.get_legend().get_texts()]
+    self.assertEqual(names, ['c'])
+    # Nothing is cut: the loss of c is the double in the end.
+    self.assertGreater(gaps.get_ylim()[1], max(gap.get_ydata()))
 
   def test_standard_error(self):
     tolerances.assert_close(

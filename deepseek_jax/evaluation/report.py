@@ -198,8 +198,7 @@ def _draw_losses(axis: Any, groups: dict[str, list[Run]]) -> None:
 def _draw_gaps(axis: Any, groups: dict[str, list[Run]]) -> None:
   first, *others = groups
   baseline = {_seed(run): run.records for run in groups[first]}
-  axis.plot([], [])  # The first arm's color.
-  for arm in others:
+  for i, arm in enumerate(others, 1):
     gaps = [
       _gaps(run.records, baseline[_seed(run)])
       for run in groups[arm]
@@ -207,11 +206,14 @@ def _draw_gaps(axis: Any, groups: dict[str, list[Run]]) -> None:
     ]
     if gaps:
       steps = [record['step'] for record in groups[arm][0].records]
-      axis.plot(steps, 100 * np.mean(gaps, 0), label=arm, linewidth=1.3)
+      mean = 100 * np.mean(gaps, 0)
+      # Its color among the losses, whichever arms are left out here.
+      axis.plot(steps, mean, color=f'C{i}', label=arm, linewidth=1.3)
   for limit in (-_PAPER_GAP, _PAPER_GAP):
     axis.axhline(100 * limit, color='gray', linestyle='--', linewidth=0.8)
-  axis.set(xlabel='step', ylabel=f'loss above {first} [%]', ylim=(-1.5, 1.5))
+  axis.set(xlabel='step', ylabel=f'loss above {first} [%]')
   axis.grid(alpha=0.3)
+  axis.legend(fontsize=6, ncols=2)
 
 
 def _draw_means(axis: Any, groups: dict[str, list[Run]], column: str) -> None:
