@@ -6,33 +6,42 @@ import pytest
 
 from experiments import in_turn
 
-# Cases: passes, fails, dies, loses the device, hangs, passes.
+# Cases: passes, fails, dies, loses the device, the same untold, hangs (as does
+# what it started, which would speak in the end), passes.
 _CHILD = """
-import os, sys, time
+import os, subprocess, sys, time
 from experiments import in_turn
 first = int(sys.argv[-1].partition('=')[2])
-in_turn.announce(6)
-for case in range(first, 6):
+in_turn.announce(7)
+for case in range(first, 7):
   print('case', case, flush=True)
   if case == 2:
     os._exit(1)
   if case == 4:
-    time.sleep(1e4)
-  in_turn.tell(case in (0, 5))
+    sys.exit(in_turn.LOST)
+  if case == 5:
+    subprocess.Popen(['sh', '-c', 'sleep 60; echo case of a grandchild'])
+    time.sleep(60)
+  in_turn.tell(case in (0, 6))
   if case == 3:
     sys.exit(in_turn.LOST)
 """
 
 
 def test_what_dies_or_hangs_is_failed_and_the_next_begun(capfd):
-  passed = in_turn.supervise([sys.executable, '-u', '-c', _CHILD], 10)
-  assert passed == [True, False, False, False, False, True]
+  """The limit is between two lines of a child, not of Python's start."""
+  passed = in_turn.supervise([sys.executable, '-u', '-c', _CHILD], 4)
+  assert passed == [True, *[False] * 5, True]
   lines = capfd.readouterr().out.splitlines()
   assert [line for line in lines if line.startswith('case')] == [
-    f'case {i}' for i in range(6)
+    f'case {i}' for i in range(7)
   ]
-  ends = [line.split(' (')[0] for line in lines if 'FAILED' in line]
-  assert ends == [f'FAILED: the process ended with {n}' for n in (1, -9)]
+  assert [line for line in lines if not line.startswith('case')] == [
+    'FAILED: the process ended with 1',
+    'FAILED: the process ended with 3',
+    'nothing was said for 4 s: ending it',
+    'FAILED: the process ended with -9',
+  ]
 
 
 def test_a_child_that_never_begins_ends_all():
