@@ -180,74 +180,14 @@ def _experts(T, K, E, D, F):
     ids = np.random.default_rng(0).choice(E, (T, K), p=weights / weights.sum())
     return grouped_reference.lay_out(jnp.asarray(ids, jnp.int32), E)
 
-  rows = T * K
-  shape, flops = f'{rows}x{D}x{F} of {E}', 2.0 * rows * D * F
-
   def make():
     x = grouped_reference.permute(_draw(T, D), layout())
     return x, _draw(E, D, F, seed=1) / D**0.5, layout().groups
 
-  def turned():
-    x, w, groups = make()
-    return grouped_reference.dot(x, w, groups), w, groups
-
-  def transposed():
-    dy, w, groups = turned()
-    return dy, w.mT, groups
-
-  def pair():
-    x, w, groups = make()
-    return x, grouped_reference.dot(x, w, groups), groups
-
-  def real(y, *args):
-    return jnp.where(
-      jnp.arange(y.shape[0])[:, None] < args[-1].count[0] * 128, y, 0
-    )
-
-  xla = {'implementation': 'xla'}
-
-  def in_float32(f):
-    return lambda a, b, groups: f(a.astype(F32), b.astype(F32), groups, **xla)
-
-  dot, back = grouped.dot, functools.partial(grouped.dot, turned=True)
-  for name, f, operands in (
-    ('grouped bf16', dot, make), ('grouped bf16 dgrad', back, turned)
-  ):  # fmt: skip
-    yield Case(
-      f'{name} {shape}', operands, f, in_float32(f), 2e-2, flops=flops,
-      others=_ragged_dots() if f is dot else {}, view=real,
-    )  # fmt: skip
-  yield Case(
-    f'grouped bf16 wgrad {shape}',
-    pair,
-    grouped.outer,
-    in_float32(grouped.outer),
-    1e-3,
-    flops=flops,
-  )
-
-  def fp8(tile, source):
-    a, b, groups = source()
-    if tile == ROW_TILE:
-      w = reference.quantize(b.mT, SQUARE_TILE).mT
-      return reference.quantize(a, ROW_TILE), w, groups
-    return *(reference.quantize(v.mT, ROW_TILE).mT for v in (a, b)), groups
-
-  def of_values(f):
-    return lambda a, b, groups: f(_values(a), _values(b), groups, **xla)
-
-  fp8_dot = functools.partial(grouped.fp8_dot, dtype=BF16)
-  for name, f, plain, tile, source, view in (
-    ('grouped fp8', fp8_dot, dot, ROW_TILE, make, real),
-    ('grouped fp8 dgrad', fp8_dot, dot, ROW_TILE, transposed, real),
-    ('grouped fp8 wgrad', grouped.fp8_outer, grouped.outer, COLUMN_TILE, pair,
-     lambda y, *_: y),
-  ):  # fmt: skip
-    yield Case(
-      f'{name} {shape}', functools.partial(fp8, tile, source), f,
-      of_values(plain), 2e-2, flops=flops, view=view,
-    )  # fmt: skip
-
+  rows = T * K
+  shape, flops = f'{rows}x{D}x{F} of {E}', 2.0 * rows * D * F
+  yield from _bf16_experts(make, shape, flops)
+  yield from _fp8_experts(make, shape, flops)
   yield Case(
     f'permute {T}x{K}x{D}', lambda: (_draw(T, D), layout()), permute.permute,
     grouped_reference.permute, 0.0, bytes=2.0 * (T + rows) * D,
@@ -259,6 +199,85 @@ def _experts(T, K, E, D, F):
     lambda x, *args: grouped_reference.unpermute(x.astype(F32), *args), 1e-2,
     bytes=2.0 * (rows + T) * D,
   )  # fmt: skip
+
+
+def _turned(make):
+  """Operands of Dgrad, from Fprop's."""
+  x, w, groups = make()
+  return grouped_reference.dot(x, w, groups), w, groups
+
+
+def _transposed(make):
+  dy, w, groups = _turned(make)
+  return dy, w.mT, groups
+
+
+def _pair(make):
+  """Operands of Wgrad, from Fprop's."""
+  x, w, groups = make()
+  return x, grouped_reference.dot(x, w, groups), groups
+
+
+def _real(y, *args):
+  """Rows after the last block are undefined."""
+  return jnp.where(
+    jnp.arange(y.shape[0])[:, None] < args[-1].count[0] * 128, y, 0
+  )
+
+
+def _bf16_experts(make, shape, flops):
+  """Fprop, Dgrad and Wgrad."""
+
+  def in_float32(f):
+    return lambda a, b, groups: f(
+      a.astype(F32), b.astype(F32), groups, implementation='xla'
+    )
+
+  dot, back = grouped.dot, functools.partial(grouped.dot, turned=True)
+  turned = functools.partial(_turned, make)
+  for name, f, operands in (
+    ('grouped bf16', dot, make), ('grouped bf16 dgrad', back, turned)
+  ):  # fmt: skip
+    yield Case(
+      f'{name} {shape}', operands, f, in_float32(f), 2e-2, flops=flops,
+      others=_ragged_dots() if f is dot else {}, view=_real,
+    )  # fmt: skip
+  yield Case(
+    f'grouped bf16 wgrad {shape}',
+    functools.partial(_pair, make),
+    grouped.outer,
+    in_float32(grouped.outer),
+    1e-3,
+    flops=flops,
+  )
+
+
+def _fp8_experts(make, shape, flops):
+  """The same three, of codes and scales."""
+
+  def fp8(tile, source):
+    a, b, groups = source(make)
+    if tile == ROW_TILE:
+      w = reference.quantize(b.mT, SQUARE_TILE).mT
+      return reference.quantize(a, ROW_TILE), w, groups
+    return *(reference.quantize(v.mT, ROW_TILE).mT for v in (a, b)), groups
+
+  def of_values(f):
+    return lambda a, b, groups: f(
+      _values(a), _values(b), groups, implementation='xla'
+    )
+
+  dot = functools.partial(grouped.fp8_dot, dtype=BF16)
+  for name, f, plain, tile, source, view in (
+    ('grouped fp8', dot, grouped.dot, ROW_TILE, lambda f: f(), _real),
+    ('grouped fp8 dgrad', dot, grouped.dot, ROW_TILE, _transposed, _real),
+    ('grouped fp8 wgrad', grouped.fp8_outer, grouped.outer, COLUMN_TILE, _pair,
+     lambda y, *_: y),
+  ):  # fmt: skip
+    yield Case(
+      f'{name} {shape}', functools.partial(fp8, tile, source), f,
+      of_values(plain), 2e-2, flops=flops, view=view,
+    )  # fmt: skip
 
 
 def _ragged_dots():
