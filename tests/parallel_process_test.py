@@ -5,22 +5,18 @@ one another in one workdir, because each start compiles for a minute.
 """
 
 import json
-import pathlib
 import signal
-import socket
-import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
 import pytest
 
 from deepseek_jax.training import checkpoint, metrics
-from tests import tolerances
+from experiments import launch
+from tests import processes, tolerances
 from tests.records import without_speeds
 
-_ROOT = pathlib.Path(__file__).parents[1]
 _TRAIN = (
   '-m',
   'experiments.train',
@@ -35,47 +31,49 @@ _TRAIN = (
 _TWO = ('--parallel.data=2', '--parallel.expert=4', '--parallel.zero1')
 
 
-def _start(*arguments, **options):
-  return subprocess.Popen(
-    [sys.executable, *arguments],
-    cwd=_ROOT,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-    **options,
-  )
+@pytest.fixture
+def start():
+  with processes.starter() as function:
+    yield function
 
 
-def _start_pair(workdir, port):
+def _start_pair(start, workdir):
+  coordinator = f'127.0.0.1:{launch.free_port()}'
   return [
-    _start(
+    start(
       *_TRAIN,
       *_TWO,
       f'--workdir={workdir}',
       '--parallel.cpu_devices=4',
       '--parallel.num_processes=2',
       f'--parallel.process_id={i}',
-      f'--parallel.coordinator=127.0.0.1:{port}',
+      f'--parallel.coordinator={coordinator}',
     )
     for i in range(2)
   ]
 
 
-def _finish(process, seconds=600):
-  text, _ = process.communicate(timeout=seconds)
-  return process.returncode, text
+def _wait(pair, condition):
+  """Until `condition`, while both processes run."""
+
+  def holds():
+    for process in pair:
+      assert process.is_running, process.text
+    return condition()
+
+  processes.wait_until(holds, 600, *pair)
 
 
-def _wait_for_step(workdir, step, processes, seconds=600):
-  deadline = time.monotonic() + seconds
-  while time.monotonic() < deadline:
-    rows = metrics.read(workdir)
-    if rows and rows[-1]['step'] >= step:
-      return
-    for process in processes:
-      assert process.poll() is None, process.communicate()[0]
-    time.sleep(0.02)
-  raise AssertionError(f'step {step} was not reached')
+def _has_begun(workdir):
+  return (workdir / '.lock').exists() and (workdir / '.lock').read_text()
+
+
+def _can_go_on(workdir):
+  """Whether a checkpoint is complete, and steps behind it are recorded."""
+  names = [path.name for path in workdir.glob('checkpoints/*')]
+  saved = [int(name) for name in names if name.isdigit()]  # Complete ones.
+  rows = metrics.read(workdir)
+  return saved and rows and rows[-1]['step'] > min(saved)
 
 
 def _losses(workdir):
@@ -83,34 +81,29 @@ def _losses(workdir):
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_run_which_then_goes_on(tmp_path):
+def test_a_killed_process_ends_the_run_which_then_goes_on(start, tmp_path):
   workdir = tmp_path / 'run'
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    port = s.getsockname()[1]
-  pair = _start_pair(workdir, port)
-  _wait_for_step(workdir, 6, pair)
-  # Another run may not touch the workdir.
-  status, text = _finish(_start(*_TRAIN, f'--workdir={workdir}'), 120)
+  pair = _start_pair(start, workdir)
+  # Another run may not touch the workdir; these two compile for longer.
+  _wait(pair, lambda: _has_begun(workdir))
+  status, text = start(*_TRAIN, f'--workdir={workdir}').finish()
   assert status == 2, text
   assert 'is training in it' in text
 
-  pair[1].send_signal(signal.SIGKILL)
-  killed = time.monotonic()
-  status, text = _finish(pair[0], 60)
-  assert time.monotonic() - killed < 60
-  assert status not in (0, None), text
+  _wait(pair, lambda: _can_go_on(workdir))
+  pair[1].send(signal.SIGKILL)
+  status, text = pair[0].finish(60)
+  assert status, text
   assert 'lost another one' in text or 'another task died' in text, text
-  assert _finish(pair[1])[0] == -signal.SIGKILL
+  assert pair[1].finish()[0] == -signal.SIGKILL
   before = metrics.read(workdir)
 
   # The same command goes on, bitwise; this time through the launcher.
-  launched = _start(
+  status, text = start(
     '-m', 'experiments.launch', '--processes=2', '--',
     sys.executable, *_TRAIN, *_TWO,
     f'--workdir={workdir}', '--parallel.cpu_devices=4',
-  )  # fmt: skip
-  status, text = _finish(launched)
+  ).finish()  # fmt: skip
   assert status == 0, text
   resumed = int(text.split('resuming after step ')[1].split()[0])
   assert 4 <= resumed <= before[-1]['step'] + 1
@@ -121,13 +114,12 @@ def test_a_killed_process_ends_the_run_which_then_goes_on(tmp_path):
   assert text.count('Trained 60 steps') == 1  # The first process alone talks.
   assert (workdir / 'samples' / '60.txt').read_text()
 
-  _check_one_device_is_the_same(workdir, tmp_path)
-  _check_another_layout_goes_on(workdir)
+  _check_one_device_is_the_same(start, workdir, tmp_path / 'one')
+  _check_another_layout_goes_on(start, workdir)
 
 
-def _check_one_device_is_the_same(workdir, tmp_path):
-  one = tmp_path / 'one'
-  status, text = _finish(_start(*_TRAIN, f'--workdir={one}'))
+def _check_one_device_is_the_same(start, workdir, one):
+  status, text = start(*_TRAIN, f'--workdir={one}').finish()
   assert status == 0, text
   for step, loss in list(_losses(one).items())[:10]:
     tolerances.assert_close(
@@ -135,7 +127,7 @@ def _check_one_device_is_the_same(workdir, tmp_path):
     )
 
 
-def _check_another_layout_goes_on(workdir):
+def _check_another_layout_goes_on(start, workdir):
   """The saved arrays are whole, whoever wrote them, and FSDP takes them."""
   config, variables, step = checkpoint.load_for_inference(workdir)
   assert step == 60 and config.parallel.n_devices == 1
@@ -143,14 +135,13 @@ def _check_another_layout_goes_on(workdir):
   for tree in (variables, average):
     for x in jax.tree.leaves(tree):
       assert len(x.sharding.device_set) == 1 and np.isfinite(x).all()
-  more = _start(
+  status, text = start(
     *_TRAIN,
     f'--workdir={workdir}',
     '--train.steps=62',
     '--parallel.fsdp=8',
     '--parallel.cpu_devices=8',
-  )
-  status, text = _finish(more)
+  ).finish()
   assert status == 0, text
   assert 'resuming after step 60' in text
   rows = metrics.read(workdir)
@@ -171,8 +162,7 @@ def _check_another_layout_goes_on(workdir):
     (('--process=2', '--', 'true'), 2, 'did you mean --processes'),
   ],
 )
-def test_the_launcher_passes_a_failure_on(arguments, expected, message):
-  process = _start('-m', 'experiments.launch', *arguments)
-  status, text = _finish(process)
+def test_the_launcher_passes_a_failure_on(start, arguments, expected, message):
+  status, text = start('-m', 'experiments.launch', *arguments).finish()
   assert status == expected
   assert message in text and 'Traceback' not in text
