@@ -10,7 +10,7 @@ On a cluster, let srun or mpirun start the command, with
 --parallel.num_processes=0: see BUILD.md.
 """
 
-import contextlib
+import errno
 import random
 import shutil
 import signal
@@ -39,9 +39,14 @@ def free_port() -> int:
   """
   while True:
     port = random.randrange(*_PORTS)
-    with contextlib.suppress(OSError), socket.socket() as s:
-      s.bind(('127.0.0.1', port))
-      return port
+    with socket.socket() as s:
+      try:
+        s.bind(('127.0.0.1', port))
+      except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+          raise
+      else:
+        return port
 
 
 def _start(command: list[str]) -> list[subprocess.Popen]:
