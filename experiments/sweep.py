@@ -21,6 +21,7 @@ from deepseek_jax import config as config_lib
 from deepseek_jax import flags
 from deepseek_jax.evaluation import report, sweep
 from deepseek_jax.planner import cache, parameters
+from experiments import large_pages
 
 Arms = dict[str, dict[str, Any]]
 
@@ -94,7 +95,12 @@ def train_and_report(
     if column not in report.COLUMNS:
       known = ', '.join(report.COLUMNS)
       raise ValueError(f'--columns: no {column!r}; there are {known}')
-  runs = sweep.run(config, arms, seeds, pathlib.Path(workdir) / 'runs', facts)
+  # After the flags are known to be right: JAX takes seconds to import.
+  from deepseek_jax.kernels import dispatch
+  from deepseek_jax.training import step_log
+
+  with dispatch.told(step_log.say):
+    runs = sweep.run(config, arms, seeds, pathlib.Path(workdir) / 'runs', facts)
   print(report.write(runs, columns, workdir, name))
   print(f'{workdir}/{name}.md and {workdir}/{name}.png')
 
@@ -110,6 +116,7 @@ def ablation(arms: Arms, name: str, columns: str) -> NoReturn:
     name: of the table and the picture.
     columns: of the table, beyond the validation loss and its difference.
   """
+  large_pages.use()
   define(
     'ablation', 'runs/ablations', f'val_loss,val_loss_difference,{columns}'
   )
@@ -132,6 +139,7 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+  large_pages.use()
   absl_flags.DEFINE_string('sweep', '', 'The grid: see above.')
   define('quickstart', 'runs/sweep')
   flags.run(main)
