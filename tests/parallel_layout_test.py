@@ -156,6 +156,7 @@ def test_no_device_reads_more_than_its_part(tmp_path):
 
 def test_devices_that_are_left_over_copy_the_model():
   assert trained.start({}) == config_lib.ParallelConfig()
+  assert trained.start({'num_processes': 1}) == config_lib.ParallelConfig()
   assert trained.start({'expert': 4}).data == 2
   for axes in ({'expert': 4, 'data': 1}, {'expert': 3}, {'fsdp': 16}):
     with pytest.raises(ValueError, match='devices, but there are 8'):

@@ -14,6 +14,9 @@ from deepseek_jax.parallel import mesh as mesh_lib
 from deepseek_jax.training import checkpoint, process, step
 from deepseek_jax.training.layout import Layout
 
+# Fields of `ParallelConfig` by which processes find each other.
+_MEETING = {'coordinator', 'num_processes', 'process_id'}
+
 
 class Trained(NamedTuple):
   """What a run has left.
@@ -34,22 +37,22 @@ class Trained(NamedTuple):
   layout: Layout | None
 
 
-def start(axes: Mapping[str, int]) -> config_lib.ParallelConfig:
+def start(given: Mapping[str, Any]) -> config_lib.ParallelConfig:
   """Starts the devices; where some axes are given, all devices are used.
 
   Args:
-    axes: fields of `ParallelConfig`.  `data`, if it is not among them, is what
-      the others leave.
+    given: fields of `ParallelConfig`.  `data`, if it is not among them, is what
+      the other axes leave.
 
   Raises:
     ValueError: they ask for another number of devices than there are.
   """
-  parallel = config_lib.ParallelConfig(**axes)
+  parallel = config_lib.ParallelConfig(**given)
   process.join(parallel)
-  if not axes:
+  if jax.process_count() == 1 and not given.keys() - _MEETING:
     return parallel
   rest, count = parallel.n_devices, jax.device_count()
-  if 'data' not in axes and count % rest == 0:
+  if 'data' not in given and count % rest == 0:
     parallel = dataclasses.replace(parallel, data=count // rest)
   mesh_lib.build(parallel)
   return parallel
