@@ -8,8 +8,10 @@
 Prints the kernels that were chosen, the memory of each device beside the
 planner's, what crosses each axis of the mesh, and how long compiling took.  Of
 loops whose length is decided at run time (further rounds of the experts) one
-pass is counted.  The devices are `--parallel`'s; JAX's CUDA plugin is needed,
-not CUDA: see deepseek_jax/parallel/topology.py.
+pass is counted, and so is one of whatever a pipeline's tick may leave out (the
+head, the sums of gradients), which as work beside a collective counts for
+nothing.  The devices are `--parallel`'s; JAX's CUDA plugin is needed, not CUDA:
+see deepseek_jax/parallel/topology.py.
 """
 
 from absl import flags as absl_flags

@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import ParallelConfig
-from deepseek_jax.parallel import hlo, mesh
+from deepseek_jax.parallel import hlo, mesh, pipeline
 
 _SIZES = ParallelConfig(data=2, node=2, expert=2)
 
@@ -116,3 +116,24 @@ ENTRY %main (p: (u8[6,4])) -> (u8[6,4]) {
     self.assertEqual((found.payload, found.dtypes), (24, ('u8',)))
     self.assertFalse(found.is_counted)
     self.assertEmpty(hlo.sent_by_axis([found]))
+
+  def test_a_conditional_in_place_counts_once(self):
+    """By its name, which XLA keeps; not so a loop of unknown length within."""
+
+    def run(flag, n, x):
+      def update(x):
+        return lax.fori_loop(0, n, lambda _, x: jnp.sin(x), x * 2)
+
+      return pipeline._if(flag, update, x)
+
+    compiled = jax.jit(run).lower(1, 3, jnp.ones(8)).compile()
+    program = hlo.parse(compiled.as_text())
+    loops = [
+      i
+      for computation in program.computations.values()
+      for i in computation.values()
+      if i.opcode == 'while'
+    ]
+    self.assertEqual([hlo.known_trips(loop) for loop in loops], [None, None])
+    found = [hlo.is_at_most_once(loop) for loop in loops]
+    self.assertEqual(found, [False, True])  # What is called comes first.

@@ -10,6 +10,7 @@ _GEMM = (
   'numbers":{{"lhs_contracting_dimensions":["{}"],"rhs_contracting_'
   'dimensions":["0"]}}}}'
 )
+_AT_MOST_ONCE = f'metadata={{op_name="jit(f)/{hlo.AT_MOST_ONCE}/while"}}'
 _TEXT = f"""\
 %once (t: (f32[4,8])) -> (f32[4,8]) {{
   %t = (f32[4,8]{{1,0}}) parameter(0)
@@ -21,6 +22,14 @@ _TEXT = f"""\
   %v = f32[4,8]{{1,0}} get-tuple-element(%t.1), index=0
   %in_round = f32[4,4]{{1,0}} dot(%v, %v), lhs_contracting_dims={{1}}
   %further = f32[4,8]{{1,0}} all-to-all(%v), replica_groups={{{{0,1}}}}
+}}
+%maybe (t: (f32[4,8])) -> (f32[4,8]) {{
+  %t.2 = (f32[4,8]{{1,0}}) parameter(0)
+  %y = f32[4,8]{{1,0}} get-tuple-element(%t.2), index=0
+  %in_maybe = f32[4,4]{{1,0}} dot(%y, %y), lhs_contracting_dims={{1}}
+  %optional = f32[4,8]{{1,0}} all-to-all(%y), replica_groups={{{{0,1}}}}
+  %within = (f32[4,8]{{1,0}}) while(%t.2), body=%round, \
+metadata={{op_name="jit(f)/{hlo.AT_MOST_ONCE}/while/body/while"}}
 }}
 %small (p: f32[4,8]) -> f32[4,4] {{
   %a = f32[4,8]{{1,0}} parameter(0)
@@ -44,6 +53,8 @@ custom_call_target="mosaic_gpu_v2"
 backend_config={{"known_trip_count":{{"n":"3"}}}}
   %blocks = (f32[4,8]{{1,0}}) while(%x), body=%once
   %rounds = (f32[4,8]{{1,0}}) while(%x), body=%round
+  %head = (f32[4,8]{{1,0}}) while(%x), body=%once, {_AT_MOST_ONCE}
+  %mtp = (f32[4,8]{{1,0}}) while(%x), body=%maybe, {_AT_MOST_ONCE}
   %branch = f32[4]{{0}} conditional(%x), branch_computations={{%large, %small}}
 }}
 """
@@ -60,7 +71,10 @@ class OverlapTest(parameterized.TestCase):
     self.assertEqual(self.found['start'].hidden, (_PRODUCT, 1))
 
   def test_independent_of_it(self):
-    """Loops of 3 and of 1, no further round, the lesser branch; not `after`."""
+    """Loops of 3 and of 1, the lesser branch; not `after`, nor what may not be.
+
+    That is a further round, and loops in place of a conditional.
+    """
     self.assertEqual(self.found['start'].free, (_PRODUCT + 5 * _DOT, 1))
 
   def test_the_whole_computation(self):
@@ -73,13 +87,14 @@ class OverlapTest(parameterized.TestCase):
     self.assertFalse(around.hidden)
 
   def test_what_each_part_sends(self):
-    """A further round, which may not be, counts for nothing."""
+    """A further round counts for nothing; a conditional's part as one."""
     found = hlo.collectives(hlo.parse(_TEXT), {'expert': 2})
     program = ahead.Program(_TEXT, 0, 0, found, 0.0, 0.0)
-    *_, rule, row = ahead.describe_overlap(program).splitlines()
+    *_, rule, inner, outer = ahead.describe_overlap(program).splitlines()
     self.assertStartsWith(rule, '|---')
-    megabytes = ' | '.join(['6.4e-05'] * 3)  # Half of 128 bytes.
-    self.assertEqual(row, f'| main | expert | all-to-all | {megabytes} |')
+    part, size = 'expert | all-to-all', '6.4e-05'  # Half of 128 bytes.
+    self.assertEqual(inner, f'| maybe | {part} | {size} | {size} | 0 |')
+    self.assertEqual(outer, f'| main | {part} | {size} | {size} | {size} |')
 
 
 if __name__ == '__main__':

@@ -21,6 +21,8 @@ KINDS = (
   'ragged-all-to-all',
   'reduce-scatter',
 )
+# The `jax.named_scope` of a loop of no pass or one: a conditional in place.
+AT_MOST_ONCE = 'at_most_once'
 _CALLED = re.compile(
   r'\b(?:calls|to_apply|body|condition|true_computation|false_computation)='
   r'%?([\w.\-]+)'
@@ -28,6 +30,7 @@ _CALLED = re.compile(
 _LISTED = re.compile(
   r'\b(?:branch_computations|called_computations)=\{([^}]*)\}'
 )
+_CONDITIONAL = re.compile(rf'\bop_name="(?:[^"]*/)?{AT_MOST_ONCE}/while"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r'\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]')
 _HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
@@ -144,6 +147,16 @@ def known_trips(instruction: Instruction) -> int | None:
   return int(trips.group(1)) if trips else None
 
 
+def is_at_most_once(instruction: Instruction) -> bool:
+  """Whether it is a `while` that stands for a conditional.
+
+  The name is that of the loop itself, not of one within its body.
+  """
+  return instruction.opcode == 'while' and bool(
+    _CONDITIONAL.search(instruction.attributes)
+  )
+
+
 class Collective(NamedTuple):
   """One collective instruction.
 
@@ -155,9 +168,10 @@ class Collective(NamedTuple):
       a reduce-scatter takes, an all-to-all exchanges.  Of a ragged one, the
       smaller of its two buffers: it cannot move more.
     dtypes: of what is moved.
-    times: executions, by the known trip counts of the loops around it.
-    is_counted: False within a loop whose trip count is decided at run time, of
-      which `times` counts one.
+    times: executions, by the known trip counts of the loops around it; a
+      conditional's branch, or a loop `AT_MOST_ONCE`, counts as one.
+    is_counted: False within a loop whose trip count is decided at run time and
+      may be above one, of which `times` counts one.
     name: of the instruction.
   """
 
@@ -234,7 +248,7 @@ def _executions(program: Program) -> dict[str, tuple[int, bool]]:
     for caller, instruction in callers[name]:
       outer, known = count(caller)
       if instruction.opcode == 'while':
-        trips = known_trips(instruction)
+        trips = 1 if is_at_most_once(instruction) else known_trips(instruction)
         known &= trips is not None
         outer *= 1 if trips is None else trips
       times, is_counted = times + outer, is_counted and known

@@ -62,8 +62,9 @@ def beside(program: hlo.Program) -> dict[str, Beside]:
   """By the name of every collective, its start's if it is asynchronous.
 
   Of a loop whose length is decided at run time one pass is counted; none if it
-  communicates, for that is a further round of experts, which rarely exists.  Of
-  a conditional's branches the one with the fewest FLOPs is counted.
+  communicates, for that is a further round of experts, which rarely exists; and
+  none of one that stands for a conditional, `hlo.AT_MOST_ONCE`.  Of a
+  conditional's branches the one with the fewest FLOPs is counted.
   """
   counter, found = _Counter(program), {}
   for name, computation in program.computations.items():
@@ -114,6 +115,8 @@ class _Counter:
       return Work(flops=_product(computation, i))
     if _KERNEL in i.attributes:
       return Work(kernels=1)
+    if hlo.is_at_most_once(i):
+      return Work()
     inner = [self.whole(name) for name in i.called]
     if i.opcode == 'conditional':
       return min(inner)

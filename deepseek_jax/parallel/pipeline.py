@@ -27,7 +27,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from deepseek_jax.parallel import placement, split_backward, ticks, turns
+from deepseek_jax.parallel import hlo, placement, split_backward, ticks, turns
 from deepseek_jax.parallel.placement import AXIS, Layout, Signature
 from deepseek_jax.parallel.ticks import Cell, Table
 
@@ -489,7 +489,8 @@ class _Rank:
 
 def _if(flag: jax.Array, update: Callable[[Any], Any], value: Any) -> Any:
   """`update(value)` if `flag`, in place: a conditional would copy `value`."""
-  return lax.fori_loop(0, flag, lambda _, v: update(v), value)
+  with jax.named_scope(hlo.AT_MOST_ONCE):
+    return lax.fori_loop(0, flag, lambda _, v: update(v), value)
 
 
 def _alone(program: turns.Turn) -> Any:
