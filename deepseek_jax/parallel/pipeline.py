@@ -224,7 +224,7 @@ class _Rank:
     return _Union(
       {
         sig: [s for kind in sig for s in getattr(self._splits[kind], field)]
-        for sig in set(self._layout.signatures.values())
+        for sig in sorted(set(self._layout.signatures.values()))
       }
     )
 
