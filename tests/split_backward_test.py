@@ -10,8 +10,10 @@ from absl.testing import absltest, parameterized
 
 from deepseek_jax import config as config_lib
 from deepseek_jax import presets
+from deepseek_jax.kernels import grouped, mosaic
 from deepseek_jax.layers import stack
 from deepseek_jax.ops import fp8_experts, fp8_linear, fp8_recipe
+from deepseek_jax.ops.grouped import Groups
 from deepseek_jax.parallel import split_backward
 from deepseek_jax.training import step as step_lib
 from tests import tolerances
@@ -133,13 +135,16 @@ class PlainTest(parameterized.TestCase):
     self.assertIn((64,), [s.shape for s in split.cut])
 
   def test_a_kernels_product_waits(self):
-    """Though its result were fewer bytes to keep than what it is made of."""
+    """Though its result were fewer bytes to keep than what it is made of.
 
-    @jax.custom_batching.custom_vmap
+    A real kernel, so that a name that jax changes is noticed.
+    """
+    blocks = np.full(1, 8, np.int32)
+    groups = Groups(np.zeros(8, np.int32), blocks, 0 * blocks, blocks)
+
     def outer(x, dy):
-      return x.T @ dy
-
-    outer.def_vmap(lambda size, batched, x, dy: (jax.vmap(outer)(x, dy), True))
+      dw = grouped.outer(x, dy, groups, implementation='mosaic_gpu')
+      return dw[0].astype(x.dtype)
 
     @jax.custom_vjp
     def product(x, w):
@@ -153,9 +158,12 @@ class PlainTest(parameterized.TestCase):
     def function(w, state, x, aux):
       return product(jnp.cos(x), w), None
 
-    x, dy = np.ones((2, 32, 4), np.float32)
-    split = split_backward.split(function, np.eye(4, dtype='f'), (), x, ())
-    self.assertEqual([s.shape for s in split.cut], [dy.shape])
+    x, w = (jax.ShapeDtypeStruct((n, 128), jnp.bfloat16) for n in (1024, 128))
+    with mosaic.for_hopper():
+      call, *_ = jax.make_jaxpr(outer)(x, x).eqns
+      split = split_backward.split(function, w, (), x, ())
+    self.assertIn(call.primitive.name, split_backward._KERNELS)
+    self.assertEqual([s.shape for s in split.cut], [x.shape])
 
   def test_a_scan_stays_whole(self):
     """Why layers are not scanned over: nothing is left for later."""
