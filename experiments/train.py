@@ -1,6 +1,6 @@
 """Trains a DeepSeek-V3, or any variation of it.
 
-    python -m experiments.train                        # quickstart, ~5 minutes
+    python -m experiments.train                        # quickstart, ~3 minutes
     python -m experiments.train --preset=tiny --workdir=/tmp/tiny
     python -m experiments.train --model.moe.balance=aux_loss --workdir=runs/aux
 
