@@ -101,15 +101,19 @@ def _values(groups, arm, column) -> list[float]:
   if column not in _COMPARED:
     results = [run.results for run in groups[arm]]
     return [r[column] for r in results if column in r]
-  first = next(iter(groups))
-  if arm == first:
+  if arm == next(iter(groups)):
     return []
-  baseline = {_seed(run): run for run in groups[first]}
-  pairs = [(r, baseline[_seed(r)]) for r in groups[arm] if _seed(r) in baseline]
+  pairs = _pairs(groups, arm)
   if column == 'loss_gap':
     return [loss_gap(run.records, other.records) for run, other in pairs]
   name = 'val_loss'
   return [run.results[name] - other.results[name] for run, other in pairs]
+
+
+def _pairs(groups, arm) -> list[tuple[Run, Run]]:
+  """The arm's runs, each with the first arm's of its seed, if there is one."""
+  first = {_seed(run): run for run in groups[next(iter(groups))]}
+  return [(r, first[_seed(r)]) for r in groups[arm] if _seed(r) in first]
 
 
 def loss_gap(
@@ -197,14 +201,10 @@ def _draw_losses(axis: Any, groups: dict[str, list[Run]]) -> None:
 
 def _draw_gaps(axis: Any, groups: dict[str, list[Run]]) -> None:
   first, *others = groups
-  baseline = {_seed(run): run.records for run in groups[first]}
   for i, arm in enumerate(others, 1):
-    gaps = [
-      _gaps(run.records, baseline[_seed(run)])
-      for run in groups[arm]
-      if _seed(run) in baseline
-    ]
-    if gaps:
+    pairs = _pairs(groups, arm)
+    if pairs:
+      gaps = [_gaps(run.records, other.records) for run, other in pairs]
       steps = [record['step'] for record in groups[arm][0].records]
       mean = 100 * np.mean(gaps, 0)
       # Its color among the losses, whichever arms are left out here.
