@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.config import MoEConfig, ParallelConfig, PrecisionConfig
 from deepseek_jax.ops import experts, fp8_recipe
 from deepseek_jax.ops.fp8_recipe import Kept
-from deepseek_jax.parallel import rules, turns
+from deepseek_jax.parallel import rules, sharding, turns
 
 # As `experts.expert_ffn`.
 Ffn = Callable[..., jax.Array]
@@ -142,10 +142,7 @@ def ragged_a2a(
     pair_rows: at least every size; only the emulation pads to it.
   """
   sizes = (input_offsets_W, send_sizes_W, output_offsets_W, recv_sizes_W)
-  # Not `lax.platform_dependent`: within a loop it leaves a conditional of one
-  # branch, beside which XLA schedules nothing.
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  if device.platform == 'cpu':
+  if sharding.on_cpu():
     return _emulated_a2a(operand_RD, output_RD, *sizes, axes, pair_rows)
   return lax.ragged_all_to_all(operand_RD, output_RD, *sizes, axis_name=axes)
 

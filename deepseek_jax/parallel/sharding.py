@@ -27,6 +27,15 @@ def axis_sizes() -> Mapping[str, int]:
   return {axis: mesh.shape[axis] for axis in mesh.manual_axes}
 
 
+def on_cpu() -> bool:
+  """Whether the devices of the mesh are CPUs.
+
+  Not `lax.platform_dependent`: within a loop it leaves a conditional of one
+  branch, beside which XLA schedules nothing.
+  """
+  return jax.sharding.get_abstract_mesh().abstract_device.platform == 'cpu'
+
+
 def shards(axes: tuple[str, ...]) -> tuple[str, ...]:
   """Those of `axes` that divide something here; none without a mesh."""
   sizes = axis_sizes()
@@ -118,9 +127,7 @@ def _reduces_through_gloo():
   wrong numbers in silence (jax-ml/jax issue 40830; here in 4 of 96 sums).  An
   all-to-all moves the same bytes.
   """
-  if not jax.distributed.is_initialized():
-    return False
-  return jax.sharding.get_abstract_mesh().abstract_device.platform == 'cpu'
+  return jax.distributed.is_initialized() and on_cpu()
 
 
 def _extra(
