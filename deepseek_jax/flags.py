@@ -61,7 +61,7 @@ _AXES = {
   'parallel.cpu_devices': 'the devices that are there',
   'parallel.num_processes': '1',
   'parallel.process_id': 'as the cluster says',
-  'parallel.coordinator': 'likewise',
+  'parallel.coordinator': 'as the cluster says',
 }
 
 
