@@ -106,7 +106,7 @@ def _is_usable():
 
   try:
     return int(jax.jit(lambda x: x + 1)(1)) == 2
-  except Exception:
+  except jax.errors.JaxRuntimeError:  # As every later case would raise.
     return False
 
 
