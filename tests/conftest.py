@@ -1,8 +1,11 @@
 """One session of eight CPU devices, with a persistent compilation cache."""
 
+import gc
 import os
 import pathlib
 import tempfile
+
+import pytest
 
 _CACHE = pathlib.Path(tempfile.gettempdir()) / 'deepseek_jax_test_cache'
 
@@ -17,3 +20,17 @@ os.environ.setdefault(
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _programs_end_with_their_module():
+  """Frees the module's compiled programs.
+
+  XLA:CPU maps about 100 pieces of memory for each, and Linux allows a process
+  65,530 (vm.max_map_count): past that the next compilation is a segfault.
+  """
+  yield
+  import jax  # Not before the settings above.
+
+  jax.clear_caches()
+  gc.collect()
