@@ -277,15 +277,15 @@ class FP8Config:
   A format is written e4m3, e5m2, e5m6, e8m7 (bfloat16), or as any such pair.
   """
 
-  enabled: bool = False  # The linears of these modules:
-  attention: bool = True  # The projections.
+  enabled: bool = False  # Linears in FP8; where: attention, dense, experts.
+  attention: bool = True  # The projections of attention.
   dense: bool = True  # Dense FFN and shared experts.
   experts: bool = True  # Routed experts, and what is sent to them.
   fmt: str = 'e4m3'  # Operands of all three products.
-  gradient_fmt: str = 'e4m3'  # Output gradients, also sent; others: e5m2.
-  attn_out_fmt: str = 'e5m6'  # Kept of attention's output, 12 bits.
-  swiglu_fmt: str = 'e4m3'  # Kept of SwiGLU's inputs; its output is recomputed.
-  dispatch_fmt: str = 'e4m3'  # Tokens sent to experts; see gradient_fmt.
+  gradient_fmt: str = 'e4m3'  # Output gradients, also as sent; elsewhere e5m2.
+  attn_out_fmt: str = 'e5m6'  # What is kept of attention's output.
+  swiglu_fmt: str = 'e4m3'  # What is kept of SwiGLU: inputs, not the output.
+  dispatch_fmt: str = 'e4m3'  # Tokens sent to experts.
   scale: str = 'float32'  # float32: amax / max; ceil, floor: powers of two.
   turned_scale: str = 'ceil'  # Of attention's output and of what is dispatched.
   amax_history: int = 0  # Steps whose amax scales a tensor: delayed; 0: online.
@@ -374,8 +374,8 @@ class DataConfig:
   val_fraction: float = 0.02  # Of documents, chosen by a hash of their name.
   seq_len: int = 4096
   batch_size: int = 15360  # Sequences per optimizer step.
-  batch_size_start: int = 0  # Above 0: ramp from here to batch_size ...
-  batch_ramp_fraction: float = 0.0317  # ... over this fraction of the tokens.
+  batch_size_start: int = 0  # Above 0: grow from this to batch_size.
+  batch_ramp_fraction: float = 0.0317  # Share of tokens while the batch grows.
   mask_documents: bool = False  # True: attention stays within a document.
   fim_rate: float = 0.1  # Share of documents in prefix-suffix-middle order.
   seed: int = 0
@@ -484,19 +484,19 @@ class ParallelConfig:
 
   data: int = 1  # Copies of the model.
   fsdp: int = 1  # Parts of each matrix, collected layer by layer.
-  node: int = 1  # Nodes that divide the experts ...
-  expert: int = 1  # ... and devices of a node that divide the node's.
+  node: int = 1  # Nodes that divide the experts.
+  expert: int = 1  # Devices of a node that divide its experts.
   stage: int = 1  # Pipeline ranks.
   schedule: str = 'dualpipe'  # Of the pipeline.
-  microbatches: int = 0  # Of a step; 0: as train.micro_batch_size says.
+  microbatches: int = 0  # Parts of a step; 0: train.micro_batch_size says.
   stage_layers: str = ''  # Layers of each stage, 4,4,3; empty: equally many.
   interleave: bool = False  # Halves of a micro-batch: one sends, one computes.
   expert_buffer: float = 2.0  # Room for received rows, in means; 0: for all.
   zero1: bool = False  # Divide FP32 weights and moments over all copies.
   cpu_devices: int = 0  # Above 0: try the layout on as many CPU devices.
   num_processes: int = 1  # 0: as SLURM, Open MPI or Kubernetes says.
-  process_id: int = -1  # Of this one, from 0; -1: as the cluster says.
-  coordinator: str = ''  # host:port of process 0; empty: likewise.
+  process_id: int = -1  # Number of this process, from 0; -1: the cluster's.
+  coordinator: str = ''  # host:port of process 0; empty: the cluster's.
 
   def __post_init__(self):
     p = 'parallel.'
@@ -524,10 +524,11 @@ class ParallelConfig:
     )
     host, _, port = self.coordinator.rpartition(':')
     _require(
-      not self.coordinator or (bool(host) and port.isdecimal()),
+      not self.coordinator
+      or (bool(host) and port.isdecimal() and 0 < int(port) < 2**16),
       p + 'coordinator',
       self.coordinator,
-      'write host:port of process 0',
+      'write host:port of process 0, with a port up to 65535',
     )
 
   @property

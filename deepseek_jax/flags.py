@@ -60,8 +60,8 @@ _AXES = {
   'parallel.expert': '1',
   'parallel.cpu_devices': 'the devices that are there',
   'parallel.num_processes': '1',
-  'parallel.process_id': 'as the cluster says',
-  'parallel.coordinator': 'as the cluster says',
+  'parallel.process_id': '-1',
+  'parallel.coordinator': 'empty',
 }
 
 

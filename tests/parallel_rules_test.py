@@ -136,6 +136,7 @@ class MeshTest(parameterized.TestCase):
     ({'model.moe.n_routed_experts': 0, 'parallel.expert': 2}, r'among \[1\]'),
     ({'parallel.process_id': 1}, r'process_id=1: use 0 to 0'),
     ({'parallel.coordinator': 'here'}, 'write host:port'),
+    ({'parallel.coordinator': 'here:65536'}, 'a port up to 65535'),
     ({'parallel.interleave': True}, 'use a node or expert above 1'),
     ({**_HALVES, 'data.batch_size': 12}, r'12 // 4; use .* that 8 divides'),
     ({**_HALVES, 'model.moe.aux_loss': 'batch'}, 'use another aux_loss'),
