@@ -96,11 +96,13 @@ def _batch(config: config_lib.Config, layout: Any) -> dict[str, Any]:
 def lines(config: config_lib.Config, rounds: int) -> Iterator[str]:
   """Every layout on the config's batch; then weak scaling.  As measured."""
   process.join(config_lib.ParallelConfig(cpu_devices=_DEVICES))
-  process.use_compilation_cache(config)
+  jax.config.update('jax_enable_compilation_cache', False)  # Compilers' times.
   yield '| layout | compile s | step s | state MB | temporary MB | sent MB |'
   yield '|---|---|---|---|---|---|'
+  runs = {}
   for name, axes in _LAYOUTS.items():
-    yield f'| {name} {_row(measure(_laid_out(config, axes), rounds))}'
+    runs[name] = measure(_laid_out(config, axes), rounds)
+    yield f'| {name} {_row(runs[name])}'
   each = config.data.batch_size // _DEVICES
   yield f'\nWeak scaling, {each} sequences a device:\n'
   yield (
@@ -109,9 +111,11 @@ def lines(config: config_lib.Config, rounds: int) -> Iterator[str]:
   )
   yield '|---|---|---|---|---|---|---|'
   one = None
-  for n in (1, 2, 4, 8):
-    part = config_lib.replace(config, {'data.batch_size': each * n})
-    run = measure(_laid_out(part, {'data': n}), rounds)
+  for n in (1, 2, 4, _DEVICES):
+    run = runs['data 8']
+    if n < _DEVICES:
+      part = config_lib.replace(config, {'data.batch_size': each * n})
+      run = measure(_laid_out(part, {'data': n}), rounds)
     one = one or run.step
     ratio = run.step / n / one
     yield (
