@@ -2,14 +2,17 @@
 
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
 import jax
+import pytest
 
 from deepseek_jax import config as config_lib
 from deepseek_jax import presets
 from deepseek_jax.training import process
+from experiments import launch
 
 # Runs a program with 256 MB of temporary memory over and over; prints the page
 # faults of one run, the most memory in MB, and the command line.
@@ -60,3 +63,35 @@ def test_a_cache_that_jax_has_is_kept(tmp_path):
   config = config_lib.replace(presets.tiny(), {'data.cache_dir': str(tmp_path)})
   process.use_compilation_cache(config)
   assert jax.config.jax_compilation_cache_dir == before
+
+
+def _two(port):
+  where = f'127.0.0.1:{port}'
+  return config_lib.ParallelConfig(
+    num_processes=2, process_id=0, coordinator=where
+  )
+
+
+def test_a_port_that_is_taken_is_refused():
+  with socket.socket() as other:
+    other.bind(('127.0.0.1', 0))
+    other.listen()
+    port = other.getsockname()[1]
+    with pytest.raises(ValueError, match=f'127.0.0.1:{port}: .* another port'):
+      process.join(_two(port))
+  assert not jax.distributed.is_initialized()
+
+
+def test_a_process_that_meets_nobody_gives_up():
+  code = (
+    'from deepseek_jax import config\n'
+    'from deepseek_jax.training import process\n'
+    'process._MEETING_SECONDS = 1\n'
+    f'process.join(config.{_two(launch.free_port())})\n'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True
+  )
+  assert done.returncode == 1, done.stderr
+  assert done.stderr.startswith('ERROR: waited 1 s for 2 processes to come to')
+  assert len(done.stderr.splitlines()) == 1

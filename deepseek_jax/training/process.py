@@ -3,8 +3,10 @@
 import contextlib
 import os
 import pathlib
+import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 
@@ -17,8 +19,11 @@ from deepseek_jax import config as config_lib
 
 # A process that is not heard of for so long is lost, and the others end.
 _HEARTBEAT_SECONDS = 20
-# After so long it is said for whom a process waits.
+# After so long it is said for whom a process waits, and then that it ends.
 _PATIENCE_SECONDS = 15
+_MEETING_SECONDS = 300
+# Within it all say what is wrong, where something is wrong for all.
+_LAST_WORD_SECONDS = 2
 # The first process draws plots while the others wait to leave.
 _SHUTDOWN_SECONDS = 3600
 
@@ -27,24 +32,32 @@ def join(config: config_lib.ParallelConfig) -> None:
   """Starts this process's devices and finds the other processes.
 
   Raises:
-    ValueError: JAX has started with other devices, or a process cannot be told
-      from the others.
+    ValueError: JAX has started with other devices, a process cannot be told
+      from the others, or the first one's port is not free.
   """
   if config.cpu_devices:
     _use_cpu_devices(config.cpu_devices)
   if config.num_processes == 1 or jax.distributed.is_initialized():
     return
+  if config.coordinator and config.process_id == 0:
+    _check_port(config.coordinator)
   # Of CPUs alone: a GPU's stream orders what is dispatched.  Here a program
   # ends before the next begins, so that no two programs' collectives can mix.
   jax.config.update('jax_cpu_enable_async_dispatch', False)
-  # JAX waits in silence, and aborts after five minutes.
-  patience = threading.Timer(_PATIENCE_SECONDS, _say_who_is_missed, [config])
-  patience.start()
+  # JAX waits in silence, and would end with a core dump.
+  timers = [
+    threading.Timer(_PATIENCE_SECONDS, _say_who_is_missed, [config]),
+    threading.Timer(_MEETING_SECONDS, _give_up, [config]),
+  ]
+  for timer in timers:
+    timer.daemon = True
+    timer.start()
   try:
     jax.distributed.initialize(
       config.coordinator or None,
       config.num_processes or None,
       config.process_id if config.process_id >= 0 else None,
+      initialization_timeout=2 * _MEETING_SECONDS,
       heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
       shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
@@ -55,18 +68,44 @@ def join(config: config_lib.ParallelConfig) -> None:
       'with srun, mpirun or python -m experiments.launch'
     ) from error
   finally:
-    patience.cancel()
+    for timer in timers:
+      timer.cancel()
+
+
+def _check_port(coordinator):
+  """Refuses a port at which JAX would end in a segmentation fault."""
+  with socket.socket() as s:
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+      s.bind(('', int(coordinator.rpartition(':')[2])))
+    except OSError as error:
+      raise ValueError(
+        f'parallel.coordinator={coordinator}: {error.strerror}: use another '
+        'port, the same in every process'
+      ) from error
+
+
+def _meeting(config):
+  count = config.num_processes or 'all'
+  where = config.coordinator or "the cluster's address"
+  return (
+    f'{count} processes to come to {where}: each needs the same '
+    '--parallel.coordinator, and a --parallel.process_id of its own'
+  )
 
 
 def _say_who_is_missed(config):
-  count = config.num_processes or 'all'
-  where = config.coordinator or "the cluster's address"
+  print(f'waiting for {_meeting(config)}', file=sys.stderr, flush=True)
+
+
+def _give_up(config):
+  """Ends the process, which waits in a function that nothing interrupts."""
   print(
-    f'waiting for {count} processes to come to {where}: each needs the same '
-    '--parallel.coordinator, and a --parallel.process_id of its own',
+    f'ERROR: waited {_MEETING_SECONDS} s for {_meeting(config)}',
     file=sys.stderr,
     flush=True,
   )
+  os._exit(1)
 
 
 def _use_cpu_devices(count):
@@ -123,6 +162,8 @@ def together() -> Iterator[None]:
       text = f'{who}:\n{traceback.format_exc()}'
     print(f'ERROR: {text}', file=sys.stderr, flush=True)
     sys.stdout.flush()
+    if is_first():  # Without it the others abort, with pages of stack traces.
+      time.sleep(_LAST_WORD_SECONDS)
     os._exit(1)
 
 
