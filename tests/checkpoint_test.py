@@ -283,3 +283,8 @@ class LockTest(parameterized.TestCase):
       checkpoint.lock(self.workdir).__enter__()
     with checkpoint.lock(self.workdir):
       pass
+
+  def test_a_place_that_cannot_be_written_is_refused(self):
+    self.workdir.write_text('a file')
+    with pytest.raises(ValueError, match='run/a: Not a directory: name a'):
+      checkpoint.lock(self.workdir / 'a').__enter__()

@@ -44,11 +44,18 @@ def lock(workdir: str | os.PathLike) -> Iterator[None]:
   """Holds `workdir` for this run; the kernel frees it however the run ends.
 
   Raises:
-    ValueError: if another run holds it.
+    ValueError: if another run holds it, or it cannot be written.
   """
   workdir = pathlib.Path(workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
-  with (workdir / '.lock').open('a+') as file:
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    opened = (workdir / '.lock').open('a+')
+  except OSError as error:
+    raise ValueError(
+      f'--workdir={workdir}: {error.strerror}: name a directory in which files '
+      'can be written'
+    ) from error
+  with opened as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
