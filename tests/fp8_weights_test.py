@@ -233,6 +233,11 @@ def test_devices_divide_codes_as_weights_and_scales_as_experts():
     assert (codes, scales) == (2 * of_experts, of_experts), leaf
     checked += 1
   assert checked > 10
+  params = read.variables['params']
+  kept = read.layout.for_inference(params)
+  for actual, x in zip(jax.tree.leaves(kept), jax.tree.leaves(params)):
+    assert actual.sharding == x.sharding
+    np.testing.assert_array_equal(actual, x)
 
 
 @pytest.mark.slow

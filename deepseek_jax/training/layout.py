@@ -126,8 +126,7 @@ class Layout:
     """Per device: stored parts to the compute dtype's parts for a step."""
 
     def copy(x, dtype, stored, step):
-      x = x if quantize.is_leaf(x) else x.astype(dtype)
-      return _gather(x, stored, step)
+      return _gather(_cast(x, dtype), stored, step)
 
     return _map(copy, params, self.dtypes, self.stored, self.step)
 
@@ -171,7 +170,7 @@ class Layout:
       return jax.lax.psum(sums, self.batch_axes)
 
     def summed(params, *args):
-      specs = self._specs(params), WHOLE, self.batch_spec, WHOLE
+      specs = self._specs(params, self.stored), WHOLE, self.batch_spec, WHOLE
       return self.per_device(per_device, specs, WHOLE)(params, *args)
 
     return summed
@@ -202,26 +201,28 @@ class Layout:
   def for_inference(self, params: Any) -> Any:
     """Stored parameters in the compute dtype, divided as during a step.
 
-    Those of a pipeline stay divided by its stages, too.
+    Weights in FP8 stay so.  Those of a pipeline stay divided by its stages,
+    too.
     """
     has_stages = self.mesh.shape['stage'] > 1
     specs = self.stored if has_stages else self.step
 
     def cast(params):
-      return jax.tree.map(lambda x, d: x.astype(d), params, self.dtypes)
+      return _map(_cast, params, self.dtypes)
 
+    specs = self._specs(params, specs)
     places = jax.tree.map(lambda s: NamedSharding(self.mesh, s), specs)
     return jax.jit(cast, out_shardings=places)(params)
 
-  def _specs(self, params):
-    """`stored`, and for a weight in FP8 those of its codes and scales."""
+  def _specs(self, params, specs):
+    """`specs`, and for a weight in FP8 those of its codes and scales."""
 
-    def leaf(x, stored, used):
+    def leaf(x, spec, used):
       if not quantize.is_leaf(x):
-        return stored
-      return dataclasses.replace(x, codes=stored, scales=_of_scales(used))
+        return spec
+      return dataclasses.replace(x, codes=spec, scales=_of_scales(used))
 
-    return _map(leaf, params, self.stored, self.used)
+    return _map(leaf, params, specs, self.used)
 
   def _n_batch_shards(self) -> int:
     return int(np.prod([self.mesh.shape[axis] for axis in self.batch_axes]))
@@ -234,6 +235,11 @@ class Layout:
 def _map(function, params, *rest):
   """`jax.tree.map` for which a weight in FP8 is one leaf."""
   return jax.tree.map(function, params, *rest, is_leaf=quantize.is_leaf)
+
+
+def _cast(x, dtype):
+  """`x.astype(dtype)`; a weight in FP8 stays as it is."""
+  return x if quantize.is_leaf(x) else x.astype(dtype)
 
 
 def _gather(x, have, want):
