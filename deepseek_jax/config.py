@@ -50,6 +50,35 @@ def _divisors(value: int, limit: int | None = None) -> list[int]:
   return [n for n in range(1, limit + 1) if value % n == 0]
 
 
+def microbatch_grid(schedule: str, ranks: int) -> tuple[int, int]:
+  """(step, least): multiples of `step` from `least` on fit a pipeline."""
+  return {
+    'interleaved': (ranks, ranks),
+    'dualpipe': (2, 2 * ranks),
+    'dualpipe_v': (1, 2 * ranks),
+  }.get(schedule, (1, 1))
+
+
+def microbatches_for(schedule: str, ranks: int, n: int) -> tuple[int, str]:
+  """The nearest to n for which a pipeline is defined, and what it needs."""
+  step, least = microbatch_grid(schedule, ranks)
+  needs = f'{schedule} on {ranks} ranks needs at least {least}'
+  if step > 1:
+    needs += f', a multiple of {step}'
+  return max(least, round(n / step) * step), needs
+
+
+def require_even_ranks(schedule: str, field: str, ranks: int) -> None:
+  """Raises `ValueError` if a pipeline needs an even number, and has none."""
+  _require(
+    schedule != 'dualpipe' or ranks % 2 == 0,
+    field,
+    ranks,
+    f'{schedule} needs an even number; the nearest are {max(2, ranks - 1)} and '
+    f'{ranks + 1}',
+  )
+
+
 def _fraction(field: str, value: float) -> None:
   _require(0 <= value < 1, field, value, 'use a fraction in [0, 1)')
 
@@ -537,6 +566,12 @@ class ParallelConfig:
     return tuple(int(size) for size in self.stage_layers.split(',') if size)
 
   @property
+  def n_stages(self) -> int:
+    """Pieces that the pipeline cuts the model into."""
+    has_two = self.schedule in ('interleaved', 'dualpipe_v')
+    return self.stage * (2 if has_two else 1)
+
+  @property
   def n_devices(self) -> int:
     """Devices of all processes."""
     return self.n_batch_shards * self.stage
@@ -671,12 +706,58 @@ class Config:
       self.train.remat,
       'the layers of a pipeline are alike; use full, selective or none',
     )
+    if parallel.stage > 1:
+      require_even_ranks(parallel.schedule, 'parallel.stage', parallel.stage)
+      self._check_microbatches('batch_size')
+      self._check_microbatches('batch_size_start')
+      self._check_stage_layers()
+
+  def _check_microbatches(self, name):
+    parallel, batch = self.parallel, getattr(self.data, name)
+    shards, count = parallel.n_batch_shards, batch // self.micro_batch_size
+
+    def nearest(n):
+      return microbatches_for(parallel.schedule, parallel.stage, n)
+
+    own = _divisors(batch // shards)
+    _require(
+      batch == 0 or count == nearest(count)[0],
+      'parallel.microbatches',
+      count,
+      f'{nearest(count)[1]}; the nearest is {nearest(count)[0]}, and data.'
+      f'{name}={batch} on {shards} shards allows '
+      f'{[n for n in own if n == nearest(n)[0]] or "none"}',
+    )
+
+  def _check_stage_layers(self):
+    parallel, sizes = self.parallel, self.parallel.stage_sizes
+    _require(
+      not sizes or len(sizes) == parallel.n_stages,
+      'parallel.stage_layers',
+      parallel.stage_layers,
+      f'{parallel.schedule} has {parallel.n_stages} stages on '
+      f'{parallel.stage} ranks; give as many numbers',
+    )
+    _require(
+      not sizes or sum(sizes) == self.model.n_layers,
+      'parallel.stage_layers',
+      parallel.stage_layers,
+      f'use numbers that add up to model.n_layers={self.model.n_layers}',
+    )
 
   @property
   def micro_batch_size(self) -> int:
     """Sequences per forward pass, the default resolved."""
     batch, n = self.data.batch_size, self.parallel.microbatches
     return self.train.micro_batch_size or (batch // n if n else batch) or 1
+
+  @property
+  def batch_step(self) -> int:
+    """Sequences by which a batch that ramps up can grow."""
+    parallel, step = self.parallel, 1
+    if parallel.stage > 1:
+      step, _ = microbatch_grid(parallel.schedule, parallel.stage)
+    return self.micro_batch_size * step
 
 
 def to_dict(config: Any) -> dict[str, Any]:

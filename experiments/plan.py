@@ -7,7 +7,7 @@
       --parallel.stage=16 \
       --parallel.stage_layers=3,4,4,4,4,4,4,4,4,4,4,4,4,4,4,2 \
       --parallel.zero1 --parallel.expert_buffer=1.2 \
-      --train.micro_batch_size=128
+      --train.micro_batch_size=128 --data.batch_size_start=0
 
 With `--schedule`: a pipeline schedule step by step, each rank's bubble and the
 micro-batches whose activations it holds.  Without: what a run takes of each

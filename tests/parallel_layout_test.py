@@ -77,7 +77,8 @@ class InitTest(parameterized.TestCase):
       )
 
   def test_stages_divide_what_is_stored_and_nothing_else(self):
-    config = config_lib.replace(presets.tiny(), {'parallel.stage': 8})
+    stages = {'parallel.stage': 8, 'parallel.schedule': '1f1b'}
+    config = config_lib.replace(presets.tiny(), stages)
     layout = step.make_layout(step.build_model(config), config)
     stored = layout.stored['moe_layers']['ffn']['w1']
     self.assertEqual(stored, PartitionSpec(None, None, 'stage', None))

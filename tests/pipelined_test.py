@@ -316,9 +316,17 @@ class ConfigTest(parameterized.TestCase):
   def test_names_of_schedules_are_the_flags_values(self):
     self.assertEqual(config_lib.PIPELINES, tuple(schedules.SCHEDULES))
 
+  def test_stages_are_those_of_the_schedule(self):
+    for name in config_lib.PIPELINES:
+      parallel = config_lib.ParallelConfig(stage=4, schedule=name)
+      made = schedules.make(name, 4, 8)
+      self.assertEqual(parallel.n_stages, made.stages, name)
+
   @parameterized.parameters(
     ({'parallel.schedule': 'pipedream'}, 'use one of gpipe, 1f1b'),
     ({'parallel.stage_layers': '4,x'}, 'one number per stage'),
+    ({'parallel.stage_layers': '2,1,1'}, '1f1b has 2 stages on 2 ranks'),
+    ({'parallel.stage_layers': '2,1'}, 'add up to model.n_layers=4'),
     ({'parallel.microbatches': 3}, 'must divide data.batch_size=16'),
     ({'train.micro_batch_size': 2}, 'set one of them to 0'),
     ({'train.remat': 'alternate'}, 'use full, selective or none'),
@@ -327,22 +335,54 @@ class ConfigTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, message):
       _ = _Case('1f1b', 2, tuple(updates.items())).config
 
-  def test_refuses_batches_that_do_not_fit_the_schedule(self):
-    config = _Case('dualpipe', 2, (('parallel.microbatches', 2),)).config
+  @parameterized.parameters(
+    ('dualpipe', 2, 1, r'least 4, a mult.* of 2; .* 4, .*16 on 1 .*\[4, 8, 16'),
+    ('dualpipe', 4, 4, r'the nearest is 8, .*allows \[8, 16\]'),
+    ('dualpipe', 16, 16, r'the nearest is 32, .*data.batch_size=16.* none'),
+    ('dualpipe_v', 4, 4, r'at least 8; the nearest is 8, .*\[8, 16\]'),
+    ('interleaved', 4, 2, r'multiple of 4; the nearest is 4, .*\[4, 8, 16\]'),
+  )
+  def test_refuses_micro_batches_that_do_not_fit(self, name, ranks, n, message):
+    base = {'data.batch_size': 16, 'parallel.schedule': name}
+    base['parallel.stage'] = ranks
+    for given in (
+      {'parallel.microbatches': n},
+      {'train.micro_batch_size': 16 // n},
+    ):
+      with self.assertRaisesRegex(
+        ValueError, f'^parallel.microbatches={n}: .*{message}'
+      ):
+        config_lib.replace(presets.tiny(), base | given)
+
+  @parameterized.parameters(
+    ({'parallel.stage': 3}, r'parallel.stage=3: .* nearest are 2 and 4'),
+    (
+      {'data.batch_size_start': 2},
+      r'batches=1: .*data.batch_size_start=2 .*no',
+    ),
+    ({'parallel.expert': 2}, r'batches=1: .*size=8 on 2 shards allows \[4\]'),
+  )
+  def test_refuses_stages_and_first_batches_that_do_not_fit(
+    self, more, message
+  ):
+    base = {'parallel.stage': 2, 'data.batch_size': 8}
+    if 'parallel.expert' not in more:
+      base['parallel.microbatches'] = 4
+    with self.assertRaisesRegex(ValueError, message):
+      config_lib.replace(presets.tiny(), base | more)
+
+  def test_refuses_other_objectives(self):
+    config = _Case('dualpipe', 2).config
     model = step_lib.build_model(config)
     layout = _layout(model, config)
-    with self.assertRaisesRegex(ValueError, 'nearest is 4'):
-      step_lib.make_gradients(model, config, step_lib.pretrain_loss, layout)
     with self.assertRaisesRegex(ValueError, 'pre-training only'):
       step_lib.make_gradients(model, config, lambda *_: None, layout)
 
   def test_stages_as_asked(self):
     config = _Case('1f1b', 4, (('parallel.stage_layers', '2,1,1,0'),)).config
-    stages = pipelined.stages(config.model, config.parallel, 4)
+    stages = pipelined.stages(config.model, config.parallel)
     self.assertEqual(stages[0], [('dense_layers', 0), ('moe_layers', 0)])
     self.assertEqual(stages[3], [])
-    with self.assertRaisesRegex(ValueError, 'has 8 stages on 4 ranks'):
-      pipelined.stages(config.model, config.parallel, 8)
 
 
 if __name__ == '__main__':

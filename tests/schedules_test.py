@@ -8,6 +8,7 @@ from absl.testing import absltest, parameterized
 
 from deepseek_jax import config as config_lib
 from deepseek_jax import presets
+from deepseek_jax.parallel import schedules as pipelines
 from deepseek_jax.training import schedules
 
 
@@ -68,6 +69,22 @@ class BatchRampTest(parameterized.TestCase):
     self.assertBetween(min(sizes), first or 20, 20)
     if fraction == 0:
       self.assertEqual(set(sizes), {20})
+
+  @parameterized.parameters(*config_lib.PIPELINES)
+  def test_every_batch_of_a_ramp_fits_the_pipeline(self, name):
+    schedule = _small(
+      train__steps=1000,
+      train__micro_batch_size=1,
+      data__batch_size=80,
+      data__batch_size_start=8,
+      data__batch_ramp_fraction=0.4,
+      parallel__stage=4,
+      parallel__schedule=name,
+    )
+    sizes = {schedule.batch_size(step) for step in range(1000)}
+    self.assertLen(sizes, schedules.RAMP_STAGES)
+    for size in sizes:
+      pipelines.make(name, 4, size)
 
   def test_ramp_takes_its_fraction_of_the_tokens(self):
     schedule = _small(

@@ -13,6 +13,8 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
+from deepseek_jax import config
+
 # Kinds of tasks.  A backward is whole, or cut into the gradient of the input,
 # which the previous stage waits for, and that of the weights, which can wait.
 FORWARD, BACKWARD, INPUT, WEIGHT = 'F', 'B', 'b', 'w'
@@ -144,6 +146,12 @@ def _require(ok: bool, field: str, value: int, fix: str) -> None:
     raise ValueError(f'{field}={value}: {fix}')
 
 
+def _require_microbatches(name: str, ranks: int, microbatches: int) -> None:
+  nearest, needs = config.microbatches_for(name, ranks, microbatches)
+  fix = f'{needs}; the nearest is {nearest}'
+  _require(microbatches == nearest, 'microbatches', microbatches, fix)
+
+
 def _make(name, microbatches, paths, rows) -> Schedule:
   rows = tuple(tuple(row.steps) for row in rows)
   return Schedule(name, microbatches, tuple(paths), rows)
@@ -187,13 +195,7 @@ def interleaved(ranks: int, microbatches: int, chunks: int = 2) -> Schedule:
   Micro-batches pass in groups of `ranks`, each group through all chunks.
   """
   _require(chunks >= 2, 'chunks', chunks, 'use at least 2, or schedule=1f1b')
-  nearest = max(ranks, round(microbatches / ranks) * ranks)
-  _require(
-    microbatches % ranks == 0,
-    'microbatches',
-    microbatches,
-    f'interleaved needs a multiple of ranks={ranks}; the nearest is {nearest}',
-  )
+  _require_microbatches('interleaved', ranks, microbatches)
   total = microbatches * chunks
 
   def chunk(i):
@@ -286,21 +288,8 @@ def dualpipe(ranks: int, microbatches: int) -> Schedule:
   Chunk 0 of rank r is stage r, for micro-batches that start on rank 0; chunk 1
   is stage ranks - 1 - r, for those that start on the last rank.
   """
-  _require(
-    ranks % 2 == 0,
-    'ranks',
-    ranks,
-    f'dualpipe needs an even number; the nearest are {max(2, ranks - 1)} and '
-    f'{ranks + 1}',
-  )
-  nearest = max(2 * ranks, microbatches + microbatches % 2)
-  _require(
-    microbatches == nearest,
-    'microbatches',
-    microbatches,
-    'dualpipe needs an even number of at least twice as many as ranks='
-    f'{ranks}; the nearest is {nearest}',
-  )
+  config.require_even_ranks('dualpipe', 'ranks', ranks)
+  _require_microbatches('dualpipe', ranks, microbatches)
   half = ranks // 2
 
   def row(rank):
@@ -322,13 +311,7 @@ def dualpipe_v(ranks: int, microbatches: int) -> Schedule:
 
   Rank r holds stage r (chunk 0) and stage 2 ranks - 1 - r (chunk 1).
   """
-  _require(
-    microbatches >= 2 * ranks,
-    'microbatches',
-    microbatches,
-    f'dualpipe_v needs at least twice as many as ranks={ranks}; the nearest '
-    f'is {2 * ranks}',
-  )
+  _require_microbatches('dualpipe_v', ranks, microbatches)
   path = tuple((rank, 0) for rank in range(ranks))
   path += tuple((rank, 1) for rank in reversed(range(ranks)))
   rows = [

@@ -60,30 +60,17 @@ def make_program(
 
 
 def stages(
-  model: ModelConfig, parallel: ParallelConfig, n_stages: int
+  model: ModelConfig, parallel: ParallelConfig
 ) -> list[list[placement.Layer]]:
-  """The layers of each stage: `parallel.stage_layers`, or about equally many.
-
-  Raises:
-    ValueError: the numbers of `stage_layers` do not fit.
-  """
+  """The layers of each stage: `parallel.stage_layers`, or equally many."""
   layers = [('dense_layers', i) for i in range(model.n_first_dense)]
   layers += [('moe_layers', i) for i in range(model.n_moe_layers)]
-  sizes = parallel.stage_sizes or placement.even_sizes(len(layers), n_stages)
-  if len(sizes) != n_stages:
-    raise ValueError(
-      f'parallel.stage_layers={parallel.stage_layers}: {parallel.schedule} has '
-      f'{n_stages} stages on {parallel.stage} ranks; give as many numbers'
-    )
-  return placement.cut(layers, sizes)
+  even = placement.even_sizes(len(layers), parallel.n_stages)
+  return placement.cut(layers, parallel.stage_sizes or even)
 
 
 def make_schedule(parallel: ParallelConfig, microbatches: int) -> Schedule:
-  """The schedule of a step.
-
-  Raises:
-    ValueError: it is not defined for so many micro-batches.
-  """
+  """The schedule of a step; `Config` has refused what is none."""
   return schedules.make(parallel.schedule, parallel.stage, microbatches)
 
 
@@ -96,13 +83,8 @@ def make_gradients(
   """(params, router state, batch, hyper, totals) -> (gradients, report).
 
   Both are sums over the whole batch, [M, b, T + 1].
-
-  Raises:
-    ValueError: the batches of the run do not fit the schedule.
   """
   program, parallel = make_program(model, config, objective), config.parallel
-  for size in {config.data.batch_size, config.data.batch_size_start} - {0}:
-    make_schedule(parallel, size // config.micro_batch_size)
   specs = pipeline.Specs(
     stored=layout.stored,
     used=layout.used,
@@ -113,7 +95,7 @@ def make_gradients(
 
   def gradients(params, router_state, batch, hyper, totals):
     schedule = make_schedule(parallel, batch['tokens'].shape[0])
-    own = stages(config.model, parallel, schedule.stages)
+    own = stages(config.model, parallel)
     run = pipeline.gradients(
       program,
       ticks.build(schedule),

@@ -39,8 +39,9 @@ class Schedule:
 
   The batch ramp: `RAMP_STAGES` stages of equally many tokens, whose sizes are
   evenly spaced from `batch_size_start` to `batch_size` inclusive and rounded to
-  multiples of the micro-batch: linear growth in tokens, in as many compiled
-  programs as there are stages.  DeepSeek never published its ramp's shape.
+  multiples of what a step can take (`Config.batch_step`): linear growth in
+  tokens, in as many compiled programs as there are stages.  DeepSeek never
+  published its ramp's shape.
   """
 
   def __init__(self, config: config_lib.Config):
@@ -109,11 +110,11 @@ class Schedule:
 
 def _ramp_sizes(config: config_lib.Config) -> list[int]:
   """Batch size of each stage; the last stage lasts to the end of the run."""
-  last, micro = config.data.batch_size, config.micro_batch_size
+  last, step = config.data.batch_size, config.batch_step
   first = config.data.batch_size_start or last
   spans = RAMP_STAGES - 1
   return [
-    micro * round((first + (last - first) * i / spans) / micro)
+    step * round((first + (last - first) * i / spans) / step)
     for i in range(RAMP_STAGES)
   ]
 
