@@ -152,6 +152,44 @@ def _check_another_layout_goes_on(start, workdir):
   assert rows[-1]['loss'] < rows[0]['loss'] - 0.3  # It had learnt.
 
 
+# One of two processes has another seed, and then another corpus.
+_DIFFERS = """
+import dataclasses, sys
+from deepseek_jax import config, presets
+from deepseek_jax.data import pipeline
+from deepseek_jax.evaluation import run
+from deepseek_jax.training import process
+workdir, where, i = sys.argv[1:]
+changes = dict(
+  data=2, cpu_devices=1, num_processes=2, process_id=int(i), coordinator=where
+)
+changes = {f'parallel.{name}': value for name, value in changes.items()}
+here = config.replace(presets.tiny(), changes)
+process.join(here.parallel)
+try:
+  process.check_config(config.replace(here, {'train.seed': int(i)}))
+except ValueError as error:
+  print(error, flush=True)
+load = pipeline.load
+pipeline.load = lambda *of: dataclasses.replace(load(*of), fingerprint=i)
+run.train(here, workdir)
+"""
+
+
+def test_processes_that_differ_are_refused(start, tmp_path):
+  where = f'127.0.0.1:{launch.free_port()}'
+  pair = [start('-c', _DIFFERS, str(tmp_path), where, str(i)) for i in range(2)]
+  for i, process in enumerate(pair):
+    status, text = process.finish()
+    assert status == 1, text
+    other = f'process 1 has another value than process 0 (here {i})'
+    assert f'train.seed: {other}; start all with the same' in text
+    other = other.replace(f'{i})', f"'{i}')")
+    assert (
+      f'ERROR: process {i} of 2: data.source and its tokens: {other}' in text
+    )
+
+
 @pytest.mark.parametrize(
   'arguments, expected, message',
   [

@@ -75,10 +75,11 @@ def train(
     layout = step_lib.make_layout(model, config)
     if process.is_first():
       stack.enter_context(checkpoint.lock(workdir))
-    process.meet()  # With the lock, or not at all.
+    process.check_config(config)  # With the lock, or not at all.
     _announce(config, workdir, base, model, layout)
     saver = stack.enter_context(checkpoint.Checkpointer(workdir, config))
     corpus = pipeline.load(config.data, config.model.vocab_size)
+    process.check_same({'data.source and its tokens': corpus.fingerprint})
     _keep_tokenizer(workdir, corpus.tokenizer)
     schedule = schedules.Schedule(config)
     tx = optimizer.adamw(config.optim, config.precision)

@@ -1,6 +1,7 @@
 """What a process sets before its first step, and how several run together."""
 
 import contextlib
+import hashlib
 import os
 import pathlib
 import socket
@@ -8,7 +9,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +19,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax import config as config_lib
 
+# Fields of `ParallelConfig` by which processes find each other.
+MEETING = frozenset({'coordinator', 'num_processes', 'process_id'})
 # A process that is not heard of for so long is lost, and the others end.
 _HEARTBEAT_SECONDS = 20
 # After so long it is said for whom a process waits, and then that it ends.
@@ -136,6 +140,38 @@ def all_true(value: bool) -> bool:
 def meet() -> None:
   """Returns when every process has come here."""
   all_true(True)
+
+
+def check_same(values: Mapping[str, Any]) -> None:
+  """Returns when every process has come here, with equal values.
+
+  Args:
+    values: what must not differ, by names that are the same everywhere.
+
+  Raises:
+    ValueError: in every process, naming what differs, and where.
+  """
+  if jax.process_count() == 1:
+    return
+  hashes = [hashlib.sha256(repr(v).encode()).digest() for v in values.values()]
+  own = np.frombuffer(b''.join(hashes), np.uint8).reshape(len(hashes), -1)
+  differs = multihost_utils.process_allgather(own)
+  differs = (differs != differs[0]).any(-1)  # [processes, values]
+  problems = [
+    f'{name}: process {", ".join(map(str, np.flatnonzero(where)))} has another '
+    f'value than process 0 (here {value!r})'
+    for (name, value), where in zip(values.items(), differs.T)
+    if where.any()
+  ]
+  if problems:
+    raise ValueError('; '.join(problems) + '; start all with the same')
+
+
+def check_config(config: config_lib.Config) -> None:
+  """`check_same` of every leaf but those by which processes meet."""
+  leaves = config_lib.leaves(config).items()
+  meeting = {f'parallel.{name}' for name in MEETING}
+  check_same({name: value for name, value in leaves if name not in meeting})
 
 
 @contextlib.contextmanager

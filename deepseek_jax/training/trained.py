@@ -14,9 +14,6 @@ from deepseek_jax.parallel import mesh as mesh_lib
 from deepseek_jax.training import checkpoint, process, step
 from deepseek_jax.training.layout import Layout
 
-# Fields of `ParallelConfig` by which processes find each other.
-_MEETING = {'coordinator', 'num_processes', 'process_id'}
-
 
 class Trained(NamedTuple):
   """What a run has left.
@@ -49,7 +46,7 @@ def start(given: Mapping[str, Any]) -> config_lib.ParallelConfig:
   """
   parallel = config_lib.ParallelConfig(**given)
   process.join(parallel)
-  if jax.process_count() == 1 and not given.keys() - _MEETING:
+  if jax.process_count() == 1 and not given.keys() - process.MEETING:
     return parallel
   rest, count = parallel.n_devices, jax.device_count()
   if 'data' not in given and count % rest == 0:
@@ -74,10 +71,12 @@ def load(
 
   Raises:
     ValueError: as `checkpoint.load_for_inference`, or the model and `parallel`
-      do not fit one another.
+      do not fit one another, or other processes have other flags.
   """
-  axes = dataclasses.asdict(parallel)
-  changes = dict(changes or {}) | {f'parallel.{k}': v for k, v in axes.items()}
+  axes, changes = dataclasses.asdict(parallel), dict(changes or {})
+  common = {k: v for k, v in axes.items() if k not in process.MEETING} | changes
+  process.check_same({'flags': sorted(common.items())})
+  changes |= {f'parallel.{name}': value for name, value in axes.items()}
 
   def made(config):
     config = config_lib.replace(config, changes)
