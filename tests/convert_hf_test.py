@@ -248,11 +248,28 @@ class ConfigTest(parameterized.TestCase):
     ({'hidden_size': 0}, 'model.dim'),
     ({'hidden_size': '64'}, 'model.dim'),
     ({'rope_scaling': {'type': 'linear', 'factor': 2}}, 'rope_scaling.type'),
-    ({'rope_scaling': {'type': 'yarn', 'mscale': 1.0, 'mscale_all_dim': 0.5}},
-     'mscale_all_dim'),
+    ({'rope_interleave': False}, 'rope_interleave=False'),
+    ({'rope_scaling.mscale_all_dim': 0.5}, 'mscale_all_dim=0.5'),
+    ({'rope_scaling.mscale_all_dim': None}, 'mscale_all_dim=None'),
+    ({'rope_scaling.mscale': None}, 'must be there and equal mscale=None'),
+    ({'rope_scaling.mscale': 0.0, 'rope_scaling.mscale_all_dim': 0.0},
+     'mscale_all_dim=0.0'),
+    ({'rope_scaling.attention_factor': 1.3}, 'attention_factor=1.3'),
+    ({'rope_scaling.factor': None}, 'rope_scaling.factor=None'),
+    ({'rope_scaling.factor': '40'}, "rope_scaling.factor='40'"),
+    ({'rope_scaling.truncate': False}, 'truncate=False'),
+    ({'rope_scaling.partial_rotary_factor': 0.5}, 'partial_rotary_factor=0.5'),
+    ({'rope_scaling.original_max_position_embeddings': None,
+      'max_position_embeddings': None},
+     'original_max_position_embeddings=None'),
+    ({'rope_theta': None}, 'rope_theta=None'),
   )  # fmt: skip
   def test_bad_values_are_named(self, changes, field):
-    hf = hf_config.from_model(support.model('v3')) | changes
+    hf = hf_config.from_model(support.model('v3'))
+    for name, value in changes.items():
+      *section, key = name.split('.')
+      node = hf[section[0]] if section else hf
+      node[key] = value
     with self.assertRaisesRegex(ValueError, field):
       hf_config.to_model(hf)
 

@@ -1,5 +1,6 @@
 """Converted models in `transformers`, and our own runs there and back."""
 
+import copy
 import pathlib
 import subprocess
 import sys
@@ -12,12 +13,14 @@ import pytest
 import torch
 import transformers
 from absl.testing import absltest, parameterized
+from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
 from deepseek_jax import config as config_lib
 from deepseek_jax import convert, presets
-from deepseek_jax.convert import run
+from deepseek_jax.convert import hf_config, run
 from deepseek_jax.data import tokenizer as tokenizer_lib
 from deepseek_jax.models import deepseek
+from deepseek_jax.ops import rope as rope_lib
 from deepseek_jax.training import checkpoint, step
 from deepseek_jax.training import state as state_lib
 from tests import convert_support as support
@@ -107,6 +110,46 @@ class TransformersTest(support.FolderTestCase):
     # Evaluation of a released model must not take V3's batches of 15,360.
     self.assertEqual(loaded.data.batch_size, 1)
     chex.assert_trees_all_equal(back, variables)
+
+
+_YARN = {
+  'type': 'yarn', 'factor': 40.0, 'original_max_position_embeddings': 160,
+  'mscale': 0.7, 'mscale_all_dim': 0.7, 'beta_fast': 8.0, 'beta_slow': 2.0,
+}  # fmt: skip
+
+
+class RopeTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ({},),
+    ({'beta_fast': ..., 'beta_slow': None},),
+    ({'original_max_position_embeddings': ...},),
+    ({'mscale': ..., 'attention_factor': 1.0},),
+    ({'mscale': 0.0, 'mscale_all_dim': 0.0, 'attention_factor': 1.0},),
+    ({'factor': 1.0, 'mscale': ..., 'mscale_all_dim': ...},),
+    ({}, {'original_max_position_embeddings': 64}),
+    ({}, {'rope_parameters': {'rope_type': 'default', 'rope_theta': 5.0}}),
+  )
+  def test_what_is_left_out_is_what_transformers_takes(self, changes, keys=()):
+    """Angles and softmax scale; and written anew, without the source."""
+    source = support.model('v3', **{'mla.qk_rope_head_dim': 64})
+    hf = hf_config.from_model(source) | dict(keys)
+    rope = {k: v for k, v in (_YARN | changes).items() if v is not ...}
+    hf |= {'rope_scaling': rope, 'max_position_embeddings': 640}
+    model = hf_config.to_model(hf)
+    for written in (hf, hf_config.from_model(model)):
+      theirs = transformers.DeepseekV3Config(**copy.deepcopy(written))
+      angles = modeling_deepseek_v3.DeepseekV3RotaryEmbedding(theirs)
+      size = theirs.qk_rope_head_dim
+      np.testing.assert_allclose(
+        rope_lib.frequencies(model.rope, size),
+        angles.inv_freq,
+        rtol=tolerances.COMPONENT_PARITY,
+      )
+      self.assertEqual(angles.attention_scaling, 1.0)
+      scale = modeling_deepseek_v3.yarn_apply_mscale(
+        theirs.rope_parameters, size**-0.5
+      )
+      self.assertAlmostEqual(rope_lib.softmax_scale(model.rope, size), scale)
 
 
 class WorkdirTest(support.FolderTestCase):

@@ -53,6 +53,7 @@ _ROPE = {
 }
 # What only one value of has a counterpart here.
 _FIXED = {'hidden_act': 'silu', 'attention_bias': False, 'moe_layer_freq': 1}
+_FIXED_YARN = {'truncate': True, 'partial_rotary_factor': 1}
 _V3, _V2 = 'deepseek_v3', 'deepseek_v2'
 _CLASSES = {_V3: 'DeepseekV3ForCausalLM', _V2: 'DeepseekV2ForCausalLM'}
 _FP8 = {
@@ -144,7 +145,6 @@ def from_model(
   fields = {name: flat[ours] for name, ours in _FIELDS.items()}
   fields['first_k_dense_replace'] = c.n_first_dense
   fields['q_lora_rank'] = c.mla.q_lora_rank or None
-  rope = {name: flat[ours] for name, ours in _ROPE.items()}
   context = int(c.rope.factor * c.rope.original_seq_len)
   grouped = c.moe.n_expert_groups > 1
   softmax = 'group_limited_greedy' if grouped else 'greedy'
@@ -156,11 +156,7 @@ def from_model(
     'topk_method': softmax if kind == _V2 else 'noaux_tc',
     'max_position_embeddings': context,
     'rope_theta': c.rope.theta,
-    'rope_scaling': (
-      rope | {'mscale_all_dim': c.rope.mscale, 'type': 'yarn'}
-      if c.rope.factor > 1
-      else None
-    ),
+    'rope_scaling': _rope_scaling(flat) if c.rope.factor > 1 else None,
   }
   kept = {k: v for k, v in like.items() if k != 'rope_parameters'}
   return kept | {k: v for k, v in fields.items() if kept.get(k, ()) != v}
@@ -217,8 +213,15 @@ def _require(ok: bool, key: str, value: Any, fix: str) -> None:
     raise ValueError(f'config.json: {key}={value!r}: {fix}')
 
 
+def _require_number(key, value):
+  ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+  _require(ok, key, value, 'must be there, and a number')
+
+
 def _check_fixed(hf, is_v3):
   fixed = _FIXED | {'scoring_func': 'sigmoid' if is_v3 else 'softmax'}
+  if is_v3:  # V2 code knows no other order of the rotated pairs.
+    fixed['rope_interleave'] = True
   for key, value in fixed.items():
     _require(hf.get(key, value) == value, key, hf.get(key), f'must be {value}')
   methods = ('noaux_tc',) if is_v3 else ('greedy', 'group_limited_greedy')
@@ -236,28 +239,64 @@ def _check_fixed(hf, is_v3):
 
 def _rope_leaves(hf):
   """`rope_scaling` and `rope_theta`, or transformers 5's `rope_parameters`."""
-  rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}
+  rope = hf.get('rope_scaling') or hf.get('rope_parameters') or {}
   theta = rope.get('rope_theta', hf.get('rope_theta', 10000.0))
+  _require_number('rope_theta', theta)
   kind = rope.get('rope_type', rope.get('type', 'default'))
   _require(
     kind in ('default', 'yarn'), 'rope_scaling.type', kind, 'must be yarn'
   )
   leaves = {'rope.theta': float(theta)}
-  if kind == 'default':
-    context = hf.get('max_position_embeddings')
-    return leaves | ({'rope.original_seq_len': context} if context else {})
-  mscale = rope.get('mscale', 1.0)
+  if kind == 'yarn':
+    return leaves | _yarn_leaves(hf, rope)
+  context = hf.get('max_position_embeddings')
+  return leaves | ({'rope.original_seq_len': context} if context else {})
+
+
+def _yarn_leaves(hf, rope):
+  """YaRN as `transformers` reads it, its defaults and what wins among them."""
+  length = 'original_max_position_embeddings'
+  found = {length: hf.get('max_position_embeddings')}
+  found |= {'beta_fast': 32, 'beta_slow': 1}
+  found |= {name: rope[name] for name in _ROPE if rope.get(name)}
+  found[length] = hf.get(length, found[length])
+  found['mscale'] = rope.get('mscale_all_dim') or 0
+  for name in _ROPE:
+    _require_number(f'rope_scaling.{name}', found.get(name))
+  for name, value in _FIXED_YARN.items():
+    key = f'rope_scaling.{name}'
+    got = rope.get(name, value)
+    _require(got == value, key, got, f'must be {value}')
+  _check_unscaled(rope, found['factor'])
+  leaves = {ours: float(found[name]) for name, ours in _ROPE.items()}
+  return leaves | {'rope.original_seq_len': int(found[length])}
+
+
+def _check_unscaled(rope, factor):
+  """Refuses a factor on `cos` and `sin`: here only the softmax has one.
+
+  `attention_factor` is that factor; left out, it follows from the other two.
+  """
+  scale = rope.get('attention_factor')
+  if scale is not None:
+    fix = 'must be 1 or left out: cos and sin are not scaled here'
+    _require(scale == 1, 'rope_scaling.attention_factor', scale, fix)
+    return
+  mscale, all_dim = rope.get('mscale'), rope.get('mscale_all_dim')
   _require(
-    rope.get('mscale_all_dim', mscale) == mscale,
+    factor <= 1 or (mscale == all_dim and bool(mscale)),
     'rope_scaling.mscale_all_dim',
-    rope.get('mscale_all_dim'),
-    f'must equal mscale={mscale}',
+    all_dim,
+    f'must be there and equal mscale={mscale}, which is not 0: cos and sin are '
+    'not scaled here',
   )
-  for name, ours in _ROPE.items():
-    if name in rope:
-      is_length = ours == 'rope.original_seq_len'
-      leaves[ours] = int(rope[name]) if is_length else float(rope[name])
-  return leaves
+
+
+def _rope_scaling(flat):
+  rope = {name: flat[ours] for name, ours in _ROPE.items()}
+  rope |= {'mscale_all_dim': rope['mscale'], 'type': 'yarn'}
+  # Without it, `transformers` takes two zeros for two missing keys.
+  return rope if rope['mscale'] else rope | {'attention_factor': 1.0}
 
 
 def _same(like, flat):
