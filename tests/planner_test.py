@@ -303,6 +303,20 @@ class MemoryTest(parameterized.TestCase):
       activations.kept(config, True, 'full', 10), tokens * 7168 * 2
     )
 
+  def test_fsdp_has_two_layers_at_once(self):
+    """Compiled for eight H100s: experiments/LOG.md, 2026-11-24."""
+    config = config_lib.replace(presets.deepseek_v3(), {'parallel.fsdp': 2})
+    rows = activations.expert_rows(config).allocated
+    whole = parameters.layer(config.model, True)
+    for fsdp, sizes in ((1, 4), (2, 2 * (4 + 2))):
+      varied = config_lib.replace(config, {'parallel.fsdp': fsdp})
+      total = activations.of_layer(varied, True, rows)
+      none = activations.kept(varied, True, 'none', rows)
+      kept = activations.kept(varied, True, config.train.remat, rows)
+      D, F = config.model.dim, config.model.moe.moe_inter_dim
+      rest = 2 * none - kept + rows * (D + 2 * F) * 2
+      self.assertEqual(total, rest + whole * sizes)
+
   def test_rows(self):
     rows = activations.expert_rows(_v3())
     self.assertEqual(rows.expected, 4096 * 8)

@@ -41,7 +41,7 @@ def compiler_options(mesh: Mesh) -> dict[str, bool]:
   Its scheduler for GPUs otherwise keeps the order of memory use, in which most
   collectives end before anything else begins.  And with FSDP the loop over
   layers gathers a layer's weights while it computes the one before, which takes
-  the memory of one layer more, which no plan counts (experiments/LOG.md).
+  the weights and gradients of one layer more (`planner/activations.py`).
   """
   if mesh.devices.flat[0].platform not in ('gpu', 'cuda'):
     return {}
