@@ -20,6 +20,7 @@ GROUP_SCORES = ('top2_sum', 'max')
 BALANCES = ('aux_free', 'aux_loss', 'none')
 AUX_LOSSES = ('sequence', 'batch', 'expert', 'gshard')
 DTYPES = ('float32', 'bfloat16', 'float16')
+MOMENT_DTYPES = ('float32', 'bfloat16')  # Float16 makes small ones 0.
 LR_SCHEDULES = ('v3', 'v2', 'v2_lite', 'cosine', 'constant')
 REMATS = ('none', 'full', 'alternate', 'selective')
 TILES = ('1x128', '128x128', 'tensor')
@@ -382,8 +383,9 @@ class PrecisionConfig:
   kernels: str = 'auto'  # Pallas kernels where they can run; xla: nowhere.
 
   def __post_init__(self):
-    for name in ('compute_dtype', 'mu_dtype', 'nu_dtype'):
-      _choice(f'precision.{name}', getattr(self, name), DTYPES)
+    _choice('precision.compute_dtype', self.compute_dtype, DTYPES)
+    for name in ('mu_dtype', 'nu_dtype'):
+      _choice(f'precision.{name}', getattr(self, name), MOMENT_DTYPES)
     _choice('precision.kernels', self.kernels, KERNELS)
 
   def of(self, module: str) -> 'PrecisionConfig':

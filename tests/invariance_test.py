@@ -179,6 +179,11 @@ class StepTest(parameterized.TestCase):
     config = make_config(train__micro_batch_size=2, **changes)
     _assert_same(_run(config, shuffled), expected)
 
+  def test_float16_is_refused(self):
+    config = make_config(precision__compute_dtype='float16')
+    with self.assertRaisesRegex(ValueError, 'float16.*train in bfloat16'):
+      step_of(config)
+
 
 class WeightsTest(parameterized.TestCase):
   @parameterized.product(k=(0, 1, 2, 3, 15), crosses=(True, False))

@@ -176,6 +176,8 @@ class RefusalTest(parameterized.TestCase):
     ('model.attention', 'flash', 'mla'),
     ('model.vocab_size', 0, 'at least 1'),
     ('precision.compute_dtype', 'fp8', 'bfloat16'),
+    ('precision.mu_dtype', 'float16', 'bfloat16'),
+    ('precision.nu_dtype', 'float16', 'bfloat16'),
     ('data.val_fraction', 1.0, '(0, 1)'),
     ('data.fim_rate', 1.5, '[0, 1]'),
     ('data.seq_len', 1, 'at least 2'),

@@ -78,15 +78,15 @@ def train(
     process.check_config(config)  # With the lock, or not at all.
     _announce(config, workdir, base, model, layout)
     saver = stack.enter_context(checkpoint.Checkpointer(workdir, config))
+    tx = optimizer.adamw(config.optim, config.precision)
+    train_step = step_lib.make_train_step(model, config, tx, layout=layout)
     corpus = pipeline.load(config.data, config.model.vocab_size)
     process.check_same({'data.source and its tokens': corpus.fingerprint})
     _keep_tokenizer(workdir, corpus.tokenizer)
     schedule = schedules.Schedule(config)
-    tx = optimizer.adamw(config.optim, config.precision)
     state, position, ema = _init_or_restore(model, tx, config, saver, layout)
     _write_config(workdir, config)
     feed = feed_lib.Feed(corpus, config, position, layout)
-    train_step = step_lib.make_train_step(model, config, tx, layout=layout)
     evaluate = make_evaluate(model, config, corpus, layout)
     if ema:
       stack.callback(ema.close)

@@ -334,8 +334,15 @@ def make_train_step(
   and 'finite', which is False when the loss or a gradient is not.
 
   With `train.nonfinite=skip` such a step changes nothing but the step count.
-  """
 
+  Raises:
+    ValueError: in float16, where gradients of a mean over a batch are 0.
+  """
+  if config.precision.compute_dtype == 'float16':
+    raise ValueError(
+      "precision.compute_dtype='float16': reads converted models, but its "
+      'smallest number is 6e-8, below most gradients; train in bfloat16'
+    )
   gradients = make_gradients(model, config, loss_fn, layout)
 
   def train_step(state, batch, hyper):
