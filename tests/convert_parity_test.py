@@ -1,6 +1,7 @@
 """Converted models in `transformers`, and our own runs there and back."""
 
 import copy
+import json
 import pathlib
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from absl.testing import absltest, parameterized
@@ -152,10 +154,22 @@ class RopeTest(parameterized.TestCase):
       self.assertAlmostEqual(rope_lib.softmax_scale(model.rope, size), scale)
 
 
+def _other_tokenizer():
+  """With another family's names, behind the bytes."""
+  inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+  inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(False)
+  inner.decoder = tokenizers.decoders.ByteLevel()
+  alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+  trainer = tokenizers.trainers.BpeTrainer(initial_alphabet=alphabet)
+  inner.train_from_iterator([], trainer)
+  inner.add_special_tokens(['<s>', '</s>'])
+  return tokenizer_lib.Tokenizer(inner.to_str())
+
+
 class WorkdirTest(support.FolderTestCase):
-  def _train(self, shard):
+  def _train(self, shard=False, kind='v3', tokenizer=None):
     """A workdir as training leaves it, without training."""
-    config = _run_config('v3')
+    config = _run_config(kind)
     variables = _variables(config)
     if shard:
       mesh = jax.make_mesh((8,), ('x',))
@@ -176,7 +190,9 @@ class WorkdirTest(support.FolderTestCase):
       saver.save(state.replace(step=jnp.int32(2), params=average), {})
       saver.save(state, {}, average)
     texts = ['def f(x):\n  return x + 1\n' * 20]
-    tokenizer = tokenizer_lib.Tokenizer.train(texts, config.model.vocab_size)
+    tokenizer = tokenizer or tokenizer_lib.Tokenizer.train(
+      texts, config.model.vocab_size
+    )
     tokenizer.save(workdir / 'tokenizer.json')
     (workdir / 'config.json').write_text(config_lib.to_json(config))
     return config, variables, average
@@ -204,8 +220,34 @@ class WorkdirTest(support.FolderTestCase):
     )
     self.assertEqual(theirs.eos_token_id, ours.eos_id)
 
+  @parameterized.parameters(('v2', False), ('v3', True))
+  def test_an_exported_run_stops_where_the_run_does(self, kind, is_other):
+    """At its own tokenizer's token, or at that which a source named."""
+    ours = _other_tokenizer() if is_other else None
+    self._train(kind=kind, tokenizer=ours)
+    src, official = self.folder / 'run', self.folder / 'official'
+    ours = tokenizer_lib.Tokenizer.load(src / 'tokenizer.json')
+    run.convert(src, official, 'official')
+    run.convert(src, self.folder / 'hf', 'hf')
+    for out in (official, self.folder / 'hf'):
+      config = transformers.AutoConfig.from_pretrained(out)
+      theirs = transformers.GenerationConfig.from_model_config(config)
+      tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+      for found in (theirs, tokenizer):
+        self.assertEqual(found.bos_token_id, ours.bos_id)
+        self.assertEqual(found.eos_token_id, ours.eos_id)
+    hf = hf_config.read(out / 'config.json') | {'eos_token_id': [7, 8]}
+    del hf['bos_token_id']
+    (out / 'config.json').write_text(json.dumps(hf))
+    run.convert(out, self.folder / 'jax', 'jax')
+    run.convert(self.folder / 'jax', self.folder / 'back', 'hf')
+    self.assertEqual(hf_config.read(self.folder / 'back' / 'config.json'), hf)
+    (src / 'tokenizer_config.json').write_text('{"eos_token": "<end>"}')
+    with self.assertRaisesRegex(ValueError, "_token='<.*>' is no token of"):
+      run.plan(src, 'hf')
+
   def test_a_run_without_ema_or_checkpoint(self):
-    config, variables, _ = self._train(False)
+    config, variables, _ = self._train()
     workdir = self.folder / 'plain'
     state = _state(1, variables)
     with checkpoint.Checkpointer(workdir, config) as saver:
@@ -219,7 +261,7 @@ class WorkdirTest(support.FolderTestCase):
   @pytest.mark.slow
   def test_commands(self):
     """convert, then generate from what it wrote; the plan; mistakes."""
-    self._train(False)
+    self._train()
     hf, back = self.folder / 'hf', self.folder / 'back'
     status, text, errors = _command(
       'convert', f'--src={self.folder / "run"}', f'--dst={hf}', '--to=hf',

@@ -35,8 +35,12 @@ _COMPANIONS = (
   '*.py',
   'LICENSE*',
 )
-# DeepSeek's own names of the tokens around a document, as our runs have them.
-_BOS, _EOS = '<｜begin▁of▁sentence｜>', '<｜end▁of▁sentence｜>'
+# DeepSeek's names of the tokens around a document, where no file names others.
+_AROUND = {
+  'bos_token': '<｜begin▁of▁sentence｜>',
+  'eos_token': '<｜end▁of▁sentence｜>',
+}
+_TOKENIZER, _ABOUT = 'tokenizer.json', 'tokenizer_config.json'
 
 
 class Checkpoint(NamedTuple):
@@ -215,7 +219,8 @@ def save_hf(
     config: of the variables.
     variables: collections as `load_hf` returns them.
     dtype: 'keep', 'bf16', 'f32' or 'fp8'.
-    like: a directory whose tokenizer and unknown config keys are kept.
+    like: a directory whose tokenizer and unknown config keys are kept; without
+      one, config.json does not say at which token a text ends.
 
   Raises:
     ValueError: if the directory is not empty, the model has no released form,
@@ -228,7 +233,7 @@ def save_hf(
   extra = {path[1]: a for path, a in leaves.items() if path[0] == 'extra'}
   leaves = {path: a for path, a in leaves.items() if path[0] != 'extra'}
   hf = like and hf_config.read(pathlib.Path(like) / CONFIG)
-  hf_config.from_model(config.model, hf)  # Refuses before anything is written.
+  released_config(config.model, hf, like)  # Refuses before anything is written.
   tree = sources.Tree(config.model, leaves, _Arrays(extra) if extra else None)
   unknown = check.check(tree, config.model)
   source = cast(Checkpoint(tree, config, hf, unknown), dtype)
@@ -295,7 +300,7 @@ def write_companions(
       'weight_map': {p.name: f.path for f in written for p in f.parts},
     }
     write_json(directory / sources.INDEX, index)
-  write_config(directory, source, model, hf)
+  write_config(directory, source, model, hf, origin)
   if origin:
     copy_companions(pathlib.Path(origin).expanduser(), directory)
 
@@ -305,12 +310,57 @@ def write_config(
   source: sources.Source,
   model: config_lib.ModelConfig,
   hf: dict[str, Any] | None,
+  origin: str | pathlib.Path | None,
 ) -> None:
-  """`config.json` as Hugging Face has it."""
-  tree = hf_config.from_model(model, hf)
+  """`config.json` as Hugging Face has it; arguments as `write_companions`."""
+  tree = released_config(model, hf, origin)
   dtype = source.specs[EMBED].dtype.name
   tree = hf_config.describe(tree, dtype, has_fp8(source))
   write_json(directory / CONFIG, tree)
+
+
+def released_config(
+  model: config_lib.ModelConfig,
+  hf: dict[str, Any] | None,
+  origin: str | pathlib.Path | None,
+) -> dict[str, Any]:
+  """`hf_config.from_model`, with the ids of the tokens around a text.
+
+  They stay as they are in an `hf` of this `model_type`, and are those of
+  `origin`'s tokenizer otherwise: `transformers` would take DeepSeek's.
+
+  Raises:
+    ValueError: as `from_model`, or if the tokenizer lacks such a token.
+  """
+  tree = hf_config.from_model(model, hf)
+  is_kept = hf and hf.get('model_type') == tree['model_type']
+  return tree if is_kept or not origin else tree | _token_ids(origin)
+
+
+def _token_ids(origin):
+  """`bos_token_id` and `eos_token_id`; {} if there is no tokenizer."""
+  import tokenizers
+
+  origin = pathlib.Path(origin).expanduser()
+  path, about = origin / _TOKENIZER, origin / _ABOUT
+  if not path.exists():
+    return {}
+  try:
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+  except Exception as error:  # `tokenizers` raises bare Exception.
+    raise ValueError(f'{path} is no tokenizer.json: {error}') from None
+  named = _AROUND | (hf_config.read(about) if about.exists() else {})
+  ids = {}
+  for key in _AROUND:
+    token = named[key]
+    token = token['content'] if isinstance(token, dict) else token
+    ids[f'{key}_id'] = None if token is None else tokenizer.token_to_id(token)
+    if token is not None and ids[f'{key}_id'] is None:
+      raise ValueError(
+        f'{about}: {key}={token!r} is no token of {path.name}; name the one '
+        'there that stands around a text'
+      )
+  return ids
 
 
 def write_json(path: pathlib.Path, tree: Any) -> None:
@@ -322,19 +372,16 @@ def write_json(path: pathlib.Path, tree: Any) -> None:
 def copy_companions(origin: pathlib.Path, directory: pathlib.Path) -> None:
   """Copies the tokenizer and the like.
 
-  The tokenizer of a run of ours gets the file that tells `transformers` how to
-  load it.
+  A tokenizer alone gets the file that tells `transformers` how to load it.
   """
   for pattern in _COMPANIONS:
     for path in origin.glob(pattern):
       if path.is_file():
         shutil.copyfile(path, directory / path.name)
-  tokenizer = directory / 'tokenizer.json'
-  about = directory / 'tokenizer_config.json'
+  tokenizer, about = directory / _TOKENIZER, directory / _ABOUT
   if tokenizer.exists() and not about.exists():
     added = hf_config.read(tokenizer).get('added_tokens', [])
     known = {token['content'] for token in added}
-    tokens = {'bos_token': _BOS, 'eos_token': _EOS}
     about_it = {'tokenizer_class': 'PreTrainedTokenizerFast'}
-    about_it |= {key: t for key, t in tokens.items() if t in known}
+    about_it |= {key: t for key, t in _AROUND.items() if t in known}
     write_json(about, about_it)

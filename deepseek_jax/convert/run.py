@@ -111,7 +111,7 @@ def plan(
     check.one_dtype_a_leaf(source, model)
     files = orbax_io.files(source, model)
   else:
-    hf_config.from_model(model, opened.hf)  # Refuses what has no such form.
+    hf.released_config(model, opened.hf, src)  # Refuses what has no such form.
     files = (
       hf.files(source) if to == 'hf' else official.files(source, model, mp)
     )
@@ -186,7 +186,7 @@ def _finish(made, partial, src, dst, to):
     return
   hf.copy_companions(src, partial)
   if to == 'official':
-    hf.write_config(partial, source, model, opened.hf)
+    hf.write_config(partial, source, model, opened.hf, src)
     args = official.to_args(model, hf.has_fp8(source))
     hf.write_json(partial / official.ARGS, args)
     return

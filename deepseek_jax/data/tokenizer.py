@@ -140,7 +140,17 @@ class Tokenizer:
     return self._inner.to_str() == other._inner.to_str()
 
   def save(self, path: str | pathlib.Path) -> None:
-    """Writes a tokenizer.json that `load` and `transformers` read."""
+    """Writes a tokenizer.json that `load` and `transformers` read.
+
+    The latter takes the names of the tokens around a text from
+    tokenizer_config.json, which is written beside it.
+    """
+    ids = {'bos_token': self.bos_id, 'eos_token': self.eos_id}
+    about = {key: self._inner.id_to_token(i) for key, i in ids.items()}
+    about['tokenizer_class'] = 'PreTrainedTokenizerFast'
+    text = json.dumps(about, indent=2, ensure_ascii=False) + '\n'
+    path = pathlib.Path(path)
+    path.with_name('tokenizer_config.json').write_text(text, encoding='utf-8')
     self._inner.save(str(path))
 
   def encode(self, text: str) -> np.ndarray:
