@@ -142,6 +142,31 @@ class TokenizerTest(parameterized.TestCase):
     ids = tokenizer.encode(text)
     self.assertEqual(tokenizer.byte_lengths[ids].sum(), len(text.encode()))
 
+  def test_a_piece_of_the_model_must_not_be_special(self):
+    """As in T5's: the best pieces of 'a</s>b' have </s> among them."""
+    pieces = [('<unk>', 0.0), ('<s>', 0.0), ('</s>', 0.0)]
+    pieces += [(f'<0x{b:02X}>', -9.0) for b in range(256)]
+    pieces += [('a', -2.0), ('b', -2.0)]
+
+    def loaded(pieces):
+      model = tokenizers.models.Unigram(pieces, 0, byte_fallback=True)
+      inner = tokenizers.Tokenizer(model)
+      decoders = tokenizers.decoders
+      inner.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Fuse()]
+      )
+      inner.add_special_tokens(['<s>', '</s>'])
+      return tokenizer_lib.Tokenizer(inner.to_str(), 'mine.json')
+
+    with self.assertRaisesRegex(
+      ValueError, "'mine.json': '<s>' in a text becomes the special token 1"
+    ):
+      loaded(pieces)
+    tokenizer = loaded([pieces[0], *pieces[3:]])
+    ids = tokenizer.encode('a</s>b')
+    self.assertNotIn(tokenizer.eos_id, ids)
+    self.assertEqual(tokenizer.decode(ids), 'a</s>b')
+
   def test_unusable_files(self):
     def refused(message, definition):
       with self.assertRaisesRegex(ValueError, message):

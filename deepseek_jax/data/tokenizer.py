@@ -55,7 +55,8 @@ class Tokenizer:
 
     Raises:
       ValueError: it is no tokenizer.json, its tokens cannot represent every
-        byte, or it has no beginning- or end-of-sentence token.
+        byte, it has no beginning- or end-of-sentence token, or makes a special
+        token of its name in a text.
     """
     try:
       parts = json.loads(definition)
@@ -84,6 +85,7 @@ class Tokenizer:
     self.pad_id = self._vocab[known_pad[0]] if known_pad else self.eos_id
     has_fim = all(token in self._vocab for token in FIM)
     self.fim_ids = tuple(map(self._vocab.get, FIM)) if has_fim else None
+    self._check_names(name)
 
   @classmethod
   def load(cls, path: str | pathlib.Path) -> 'Tokenizer':
@@ -217,6 +219,21 @@ class Tokenizer:
         f'model.vocab_size={vocab_size}: the tokenizer has ids up to '
         f'{self.vocab_size - 1}; use at least {self.vocab_size}'
       )
+
+  def _check_names(self, source: str) -> None:
+    """A piece of the model itself is found in a text, special or not."""
+    added = self._inner.get_added_tokens_decoder()
+    special = {i for i, token in added.items() if token.special}
+    special |= {self.bos_id, self.eos_id, self.pad_id, *(self.fim_ids or ())}
+    names = {i: self._inner.id_to_token(i) for i in sorted(special)}
+    texts = [f'{name} a{name}b' for name in names.values()]
+    for (i, name), ids in zip(names.items(), self.encode_batch(texts)):
+      if i in ids:
+        raise ValueError(
+          f'data.tokenizer={source!r}: {name!r} in a text becomes the special '
+          f'token {i}, so that a document can end itself; use a byte-level '
+          'BPE, or none to train one'
+        )
 
   def _find(self, source: str, *names: str) -> int:
     for name in names:
