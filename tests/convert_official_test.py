@@ -87,6 +87,45 @@ class OfficialTest(support.FolderTestCase):
     run.convert(self.folder / 'official', self.folder / 'back', 'hf')
     support.assert_same(support.read(self.folder / 'back'), arrays)
 
+  @parameterized.parameters(
+    ({'moe.norm_topk': False}, 'norm_topk=False'),
+    ({'norm_eps': 1e-5}, 'norm_eps=1e-05'),
+    ({'tie_embeddings': True}, 'tie_embeddings=True'),
+  )
+  def test_what_model_args_cannot_say_is_refused(self, changes, message):
+    model = support.model('v3', **changes)
+    src = self.folder / 'src'
+    support.write(src, model, support.random_tensors(model))
+    with self.assertRaisesRegex(ValueError, f'model.*{message}.*--to=hf'):
+      run.plan(src, 'official')
+    run.plan(src, 'hf')
+
+  def test_powers_of_two_survive_model_args_alone(self):
+    """config_v3.1.json's scale_fmt, there and back."""
+    model = support.model('v3', n_mtp_layers=0)
+    arrays = support.random_tensors(model, fp8=True)
+    src = support.write(self.folder / 'src', model, arrays)
+    path = src / 'config.json'
+    hf = hf_config.with_powers_of_two(json.loads(path.read_text()))
+    path.write_text(json.dumps(hf))
+    shards = self.folder / 'official'
+    run.convert(src, shards, 'official')
+    (shards / 'config.json').unlink()
+    args = hf_config.read(shards / official.ARGS)
+    self.assertEqual(args['scale_fmt'], 'ue8m0')
+    run.convert(shards, self.folder / 'jax', 'jax')
+    config = hf_config.read(self.folder / 'jax' / 'config.json')
+    self.assertEqual(config['precision']['fp8']['scale'], 'ceil')
+    run.convert(self.folder / 'jax', self.folder / 'back', 'hf')
+    back = hf_config.read(self.folder / 'back' / 'config.json')
+    self.assertTrue(hf_config.is_power_of_two(back))
+    run.convert(src, self.folder / 'bf16', 'official', 'bf16')
+    bf16 = hf_config.read(self.folder / 'bf16' / official.ARGS)
+    self.assertNotIn('scale_fmt', bf16)
+    (shards / official.ARGS).write_text(json.dumps(args | {'scale_fmt': 'x'}))
+    with self.assertRaisesRegex(ValueError, "scale_fmt='x'"):
+      run.plan(shards, 'hf')
+
   def test_model_args_as_published(self):
     """inference/configs/config_671B.json and config_16B.json."""
     big = {

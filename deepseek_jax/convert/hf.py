@@ -106,13 +106,22 @@ def _released_config(directory):
     found = hf_config.read(path)
     if 'hidden_size' in found:
       return found, hf_config.to_model(found)
-    return None, official.from_args(found)
+    return _from_args(directory, found)
   if args.exists():
-    return None, official.from_args(hf_config.read(args))
+    return _from_args(directory, hf_config.read(args))
   raise ValueError(
     f'{directory}: has no {CONFIG}; put the released one (or the ModelArgs of '
     'the official repository) there'
   )
+
+
+def _from_args(directory, args):
+  """As `_released_config`: with powers of two, which need a `config.json`."""
+  model = official.from_args(args)
+  if not official.is_power_of_two(args):
+    return None, model
+  tree = released_config(model, None, directory)
+  return hf_config.with_powers_of_two(tree), model
 
 
 def has_fp8(source: sources.Source) -> bool:

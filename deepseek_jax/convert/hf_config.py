@@ -208,6 +208,11 @@ def is_power_of_two(hf: dict[str, Any]) -> bool:
   return quantization.get('scale_fmt') == 'ue8m0'
 
 
+def with_powers_of_two(hf: dict[str, Any]) -> dict[str, Any]:
+  """`config.json` of FP8 weights for which `is_power_of_two` holds."""
+  return hf | {'quantization_config': _FP8 | {'scale_fmt': 'ue8m0'}}
+
+
 def _require(ok: bool, key: str, value: Any, fix: str) -> None:
   if not ok:
     raise ValueError(f'config.json: {key}={value!r}: {fix}')

@@ -64,13 +64,48 @@ _DEFAULTS = {
   'beta_slow': 1.0,
   'mscale': 1.0,
 }
+# What its code does without asking.
+_FIXED = {'norm_eps': 1e-6, 'tie_embeddings': False}
+_UE8M0 = 'ue8m0'
 
 
-def to_args(c: ModelConfig, is_fp8: bool) -> dict[str, Any]:
-  """The `ModelArgs` of an architecture."""
+def to_args(
+  c: ModelConfig, is_fp8: bool, is_power_of_two: bool = False
+) -> dict[str, Any]:
+  """The `ModelArgs` of an architecture.
+
+  Args:
+    c: the architecture.
+    is_fp8: whether weights are FP8.
+    is_power_of_two: whether activations' FP8 scales are powers of two.
+
+  Raises:
+    ValueError: naming the field, if `ModelArgs` has no word for its value.
+  """
   flat = config_lib.leaves(c)
+  fixed = _FIXED | {'moe.norm_topk': c.moe.score_func == 'sigmoid'}
+  for field, value in fixed.items():
+    if flat[field] != value:
+      raise ValueError(
+        f'model.{field}={flat[field]!r}: the official code has '
+        f'{value!r} (score_func={c.moe.score_func}) and no key for it; use '
+        '--to=hf'
+      )
   args = {name: flat[ours] for name, ours in _ARGS.items()}
-  return args | {'dtype': 'fp8' if is_fp8 else 'bf16'}
+  args['dtype'] = 'fp8' if is_fp8 else 'bf16'
+  return args | ({'scale_fmt': _UE8M0} if is_fp8 and is_power_of_two else {})
+
+
+def is_power_of_two(args: dict[str, Any]) -> bool:
+  """Whether FP8 scales are powers of two, as in config_v3.1.json.
+
+  Raises:
+    ValueError: if `scale_fmt` is another.
+  """
+  found = args.get('scale_fmt')
+  if found not in (None, _UE8M0):
+    raise ValueError(f'{ARGS}: scale_fmt={found!r}: use {_UE8M0!r} or null')
+  return found == _UE8M0 and args.get('dtype') == 'fp8'
 
 
 def from_args(args: dict[str, Any]) -> ModelConfig:

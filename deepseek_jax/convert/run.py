@@ -112,9 +112,10 @@ def plan(
     files = orbax_io.files(source, model)
   else:
     hf.released_config(model, opened.hf, src)  # Refuses what has no such form.
-    files = (
-      hf.files(source) if to == 'hf' else official.files(source, model, mp)
-    )
+    files = hf.files(source)
+    if to == 'official':
+      _official_args(opened, source)  # Refuses more.
+      files = official.files(source, model, mp)
   record = {
     'source': str(pathlib.Path(src).expanduser().absolute()),
     'stamp': source.stamp,
@@ -147,6 +148,14 @@ def summary(made: Plan) -> str:
     lines.append(f'{"...":>16}  {len(made.files)} files in all')
   lines.append(f'{sum(f.nbytes for f in made.files):>16,}  bytes')
   return '\n'.join(lines)
+
+
+def _official_args(opened, source):
+  return official.to_args(
+    opened.config.model,
+    hf.has_fp8(source),
+    hf_config.is_power_of_two(opened.hf or {}),
+  )
 
 
 def _check_target(dst):
@@ -187,8 +196,7 @@ def _finish(made, partial, src, dst, to):
   hf.copy_companions(src, partial)
   if to == 'official':
     hf.write_config(partial, source, model, opened.hf, src)
-    args = official.to_args(model, hf.has_fp8(source))
-    hf.write_json(partial / official.ARGS, args)
+    hf.write_json(partial / official.ARGS, _official_args(opened, source))
     return
   config = hf.run_config(opened, source)
   if (partial / 'tokenizer.json').exists():
