@@ -12,7 +12,7 @@ from deepseek_jax.config import ModelConfig, ParallelConfig, PrecisionConfig
 from deepseek_jax.layers import params, stack
 from deepseek_jax.layers.block import Block
 from deepseek_jax.models.mtp import MTP
-from deepseek_jax.ops import losses, norms
+from deepseek_jax.ops import embedding, losses, norms
 
 
 class Output(NamedTuple):
@@ -120,7 +120,7 @@ class Transformer(nn.Module):
     """
     if segments_BT is None:
       segments_BT = jnp.ones_like(tokens_BT)
-    embeddings_BTD = self.embed.astype(self.dtype)[tokens_BT]
+    embeddings_BTD = embedding.lookup(self.embed, tokens_BT, self.dtype)
     args = self._layer_args(segments_BT)
     hidden_BTD, stats = self._encode(embeddings_BTD, args)
     mtp_hidden, stats['mtp'] = self._predict_ahead(
@@ -152,7 +152,7 @@ class Transformer(nn.Module):
     statistics of them.
     """
     hidden_BTD = norms.rms_norm(x_BTD, self.norm, self.config.norm_eps)
-    embeddings_BTD = self.embed.astype(self.dtype)[tokens_BT]
+    embeddings_BTD = embedding.lookup(self.embed, tokens_BT, self.dtype)
     args = self._layer_args(segments_BT)
     mtp_hidden, stats = self._predict_ahead(
       hidden_BTD, embeddings_BTD, segments_BT, args
@@ -166,7 +166,7 @@ class Transformer(nn.Module):
     """The main model alone: `Output.hidden_BTD`."""
     if segments_BT is None:
       segments_BT = jnp.ones_like(tokens_BT)
-    embeddings_BTD = self.embed.astype(self.dtype)[tokens_BT]
+    embeddings_BTD = embedding.lookup(self.embed, tokens_BT, self.dtype)
     return self._encode(embeddings_BTD, self._layer_args(segments_BT))[0]
 
   def unembed(self, hidden: jax.Array) -> jax.Array:
@@ -208,7 +208,7 @@ class Transformer(nn.Module):
       `Output.hidden_BTD`; the caches; float32 tokens per MoE layer and expert,
       [layers, E], None without an MoE layer.
     """
-    x_BTD = self.embed.astype(self.dtype)[tokens_BT]
+    x_BTD = embedding.lookup(self.embed, tokens_BT, self.dtype)
     layers, counts, new_caches = self._layers(), [], []
     for name in ('dense_layers', 'moe_layers'):
       layer, count = layers[name]
@@ -250,7 +250,7 @@ class Transformer(nn.Module):
     Returns:
       h^k, and the cache.
     """
-    embeddings_BTD = self.embed.astype(self.dtype)[tokens_BT]
+    embeddings_BTD = embedding.lookup(self.embed, tokens_BT, self.dtype)
     hidden_BTD, _, cache = self._layers()['mtp'][0].apply(
       self._one('mtp', depth - 1),
       hidden_BTD,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import Config, ModelConfig, ParallelConfig
 from deepseek_jax.models import deepseek
+from deepseek_jax.ops import embedding
 from deepseek_jax.parallel import (
   pipeline,
   placement,
@@ -31,8 +32,8 @@ def make_program(
 ) -> pipeline.Program:
   """The model in the pieces that a pipeline runs; scalars: (hyper, totals)."""
 
-  def embed(embedding, micro):
-    return embedding.astype(model.dtype)[micro['tokens'][:, :-1]]
+  def embed(table, micro):
+    return embedding.lookup(table, micro['tokens'][:, :-1], model.dtype)
 
   def layer(name):
     def run(params, state, x, aux):
