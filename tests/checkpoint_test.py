@@ -4,6 +4,7 @@ import functools
 import pathlib
 import subprocess
 import sys
+from unittest import mock
 
 import chex
 import jax
@@ -89,6 +90,29 @@ class RoundTripTest(parameterized.TestCase):
     chex.assert_trees_all_equal(restored, state)
     chex.assert_trees_all_equal(restored_data, data_state)
     chex.assert_trees_all_equal(restored_ema, average)
+
+  def test_delayed_scales_begin_with_zeros_and_are_not_missed(self):
+    """A run without FP8 goes on with it; histories that it had come back."""
+    # The settings are checked where they are set; only two leaves count here.
+    tiles = {
+      f'precision__fp8__{x}_tile': 'tensor'
+      for x in ('activation', 'weight', 'gradient')
+    }
+    off = _config(precision__fp8__amax_history=2, **tiles)
+    on = config_lib.replace(off, {'precision.fp8.enabled': True})
+    amax = {'layer': {'w': jnp.ones((1, 2, 3))}}
+    like = _state().replace(amax=amax)
+    _save(self.workdir, [1], off)
+    zeros = jax.tree.map(jnp.zeros_like, amax)
+    restored, *_ = _restore(self.workdir, on, like)
+    chex.assert_trees_all_equal(restored, _state(1, 1).replace(amax=zeros))
+    with checkpoint.Checkpointer(self.workdir, on) as saver:
+      saver.save(like.replace(step=jnp.int32(2)), {})
+    restored, *_ = _restore(self.workdir, on, like)
+    chex.assert_trees_all_equal(restored.amax, amax)
+    # It lacks them though its config says that it has them: damage.
+    _save(self.workdir, [3], on)
+    assert int(_restore(self.workdir, on, like)[0].step) == 2
 
   def test_saves_what_was_there_though_the_buffers_are_donated(self):
     step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
@@ -219,6 +243,24 @@ class DamageTest(parameterized.TestCase):
     with pytest.raises(ValueError, match='no readable'):
       checkpoint.load_for_inference(self.workdir)
     assert (self.workdir / 'checkpoints' / '2').exists()
+
+  @parameterized.parameters(
+    (MemoryError(),),
+    (OSError(5, 'Input/output error'),),
+    (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory'),),
+    (ValueError('UNAVAILABLE: no answer'),),
+  )
+  def test_what_shows_no_damage_moves_nothing(self, error):
+    _save(self.workdir, [1, 2])
+    with (
+      checkpoint.Checkpointer(self.workdir, _config()) as saver,
+      mock.patch.object(saver, '_read_state', side_effect=error),
+      pytest.raises(type(error)) as raised,
+    ):
+      saver.restore(_state())
+    assert 'checkpoints/2, which may be whole' in raised.value.__notes__[0]
+    assert not (self.workdir / 'damaged').exists()
+    assert int(_restore(self.workdir)[0].step) == 2
 
   def test_half_written_checkpoints_are_removed(self):
     _save(self.workdir, [1])

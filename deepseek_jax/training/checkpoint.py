@@ -37,6 +37,13 @@ _FIXED = (
   'precision.nu_dtype',
   'precision.fp8.amax_history',
 )
+# Of tensorstore's errors, which are all `ValueError`.
+_PASSING = (
+  'RESOURCE_EXHAUSTED',
+  'UNAVAILABLE',
+  'PERMISSION_DENIED',
+  'DEADLINE_EXCEEDED',
+)
 
 
 @contextlib.contextmanager
@@ -148,6 +155,7 @@ class Checkpointer:
 
     A damaged one is skipped with a warning, and moved to `workdir/damaged` once
     an older one has been read: the steps between the two are trained again.
+    Histories of amaxes that the run had not begin with zeros.
 
     Args:
       like: state of arrays or `jax.ShapeDtypeStruct`s: structure, shapes, types
@@ -159,6 +167,8 @@ class Checkpointer:
     Raises:
       ConfigMismatch: if the saved model is another one.
       ValueError: if there are checkpoints and none can be read.
+      Exception: what shows no damage, such as a lack of memory or a disk that
+        does not answer; nothing has been moved.
     """
 
     def read(step, meta):
@@ -181,13 +191,15 @@ class Checkpointer:
     if meta['has_ema']:
       saved = self._manager.item_metadata(step)['ema'].tree
       items['ema'] = ocp.args.StandardRestore(_average(like, saved))
-    if like.amax:
+    had_amax = _has_amax(meta['config'])
+    if like.amax and had_amax:
       items['amax'] = ocp.args.StandardRestore(_abstract(like.amax))
     read = self._manager.restore(step, args=ocp.args.Composite(**items))
+    amax = read.amax if like.amax and had_amax else _zeros(like.amax)
     state = state_lib.TrainState(
       step=jax.device_put(np.int32(meta['step']), _sharding(like.step)),
       opt_state=read.opt_state,
-      amax=read.amax if like.amax else {},
+      amax=amax,
       **read.model,
     )
     return state, meta['data_state'], read.ema if meta['has_ema'] else None
@@ -314,8 +326,22 @@ def _try_to_read(manager, read, step):
     raise
   # Damage shows as any of a dozen types, from JSON, orbax and tensorstore.
   except Exception as error:
+    if not _shows_damage(error):
+      error.add_note(
+        f'while reading {pathlib.Path(manager.directory) / str(step)}, which '
+        'may be whole: nothing has been moved; the same command tries again'
+      )
+      raise
     line = (str(error).splitlines() or [''])[0][:200]
     return None, f'{type(error).__name__}: {line}'
+
+
+def _shows_damage(error):
+  """Whether it is about what is stored, not about reading it here and now."""
+  if isinstance(error, OSError):
+    return isinstance(error, (FileNotFoundError, NotADirectoryError))
+  passing = isinstance(error, (MemoryError, jax.errors.JaxRuntimeError))
+  return not passing and not any(word in str(error) for word in _PASSING)
 
 
 def _read_as_saved(manager, step, item, shardings):
@@ -338,6 +364,19 @@ def _placed(like, shardings):
 
 def _model(state):
   return {'params': state.params, 'router_state': state.router_state}
+
+
+def _has_amax(config):
+  """Whether a run with this config, as dictionaries, saves histories."""
+  flat = _flat(config)
+  names = ('precision.fp8.enabled', 'precision.fp8.amax_history')
+  return all(flat.get(name) for name in names)
+
+
+def _zeros(like):
+  return jax.tree.map(
+    lambda x: jax.device_put(np.zeros(x.shape, x.dtype), _sharding(x)), like
+  )
 
 
 def _sharding(x):
