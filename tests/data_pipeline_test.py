@@ -109,6 +109,19 @@ class LoadTest(DataCase):
     prints.add(self.load().fingerprint)
     self.assertLen(prints, 4)
 
+  def test_files_alike_in_name_size_and_time_are_told_apart(self):
+    """In another directory, and in the place of the first."""
+    first, stat = self.load().fingerprint, self.source.stat()
+    text = self.source.read_text().replace('alpha', 'gamma')
+    self.assertLen(text, len(self.source.read_text()))
+    other = self.dir / 'other' / self.source.name
+    other.parent.mkdir()
+    for path in other, self.source:
+      path.write_text(text)
+      os.utime(path, ns=(stat.st_mtime_ns, stat.st_mtime_ns))
+      second = self.load(source=str(path)).fingerprint
+      self.assertNotEqual(first, second)
+
   def test_a_kill_leaves_nothing_that_is_read(self):
     texts = make_texts()
     with (

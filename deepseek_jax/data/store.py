@@ -29,6 +29,7 @@ from deepseek_jax.data import corpora
 from deepseek_jax.data import tokenizer as tokenizer_lib
 
 TRAIN_BYTES = 32 << 20  # The text that BPE training sees, at most.
+_END_BYTES = 1 << 16  # Of each file, at both ends, that its key depends on.
 _BATCH_CHARS = 1 << 19  # Encoded at once; an encoding is 100 times its text.
 _FORMAT = 1  # Counted up when the same inputs begin to give other files.
 
@@ -129,8 +130,9 @@ def _key(config: config_lib.DataConfig, vocab_size: int) -> str:
   """Names the store by a hash of all that decides its content."""
   files = []
   for name, path in corpora.find_files(config).items():
-    stat = path.stat()
-    files.append((name, stat.st_size, stat.st_mtime_ns))
+    stat, where = path.stat(), str(path.resolve())
+    ends = _hash_ends(path, stat.st_size)
+    files.append((name, where, stat.st_size, stat.st_mtime_ns, ends))
   tokenizer = vocab_size
   if config.tokenizer:
     file = pathlib.Path(config.tokenizer).expanduser()
@@ -139,6 +141,14 @@ def _key(config: config_lib.DataConfig, vocab_size: int) -> str:
   digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
   readable = re.sub(r'\W+', '_', pathlib.Path(config.source).stem)
   return f'{readable[:32]}-{digest[:16]}'
+
+
+def _hash_ends(path: pathlib.Path, size: int) -> str:
+  """Of the first and last bytes: a copy may keep size and time of another."""
+  with path.open('rb') as file:
+    first = file.read(_END_BYTES)
+    file.seek(max(size - _END_BYTES, 0))
+    return hashlib.sha256(first + file.read(_END_BYTES)).hexdigest()
 
 
 @contextlib.contextmanager
