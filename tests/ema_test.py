@@ -48,6 +48,14 @@ class EMATest(parameterized.TestCase):
       assert leaf.dtype == np.float32
     ema.close()
 
+  def test_a_skipped_step_does_not_count(self):
+    ema = ema_lib.HostEMA(_params(), 0.5)
+    ema.update(_params(1), jnp.array(False))
+    jax.tree.map(np.testing.assert_array_equal, ema.value(), _params())
+    ema.update(_params(1), jnp.array(True))
+    self.assertNotEqual(ema.value()['y'][0], _params()['y'][0])
+    ema.close()
+
   def test_starts_at_the_initial_parameters_and_copies_them(self):
     params = jax.tree.map(np.array, _params())
     ema = ema_lib.HostEMA(params, 0.5)

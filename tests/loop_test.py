@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import jax
 import numpy as np
@@ -194,6 +195,43 @@ def test_a_step_that_is_not_finite_stops_the_run_and_is_not_saved(folder):
   for leaf in jax.tree.leaves(model):
     assert np.isfinite(leaf).all()
   assert metrics.read(workdir)[-1]['step'] == failed - 1
+
+
+def _items(workdir, step):
+  """All that a checkpoint holds, and its position in the data."""
+  import orbax.checkpoint as ocp
+
+  path = workdir / 'checkpoints' / str(step)
+  with ocp.StandardCheckpointer() as reader:
+    items = [reader.restore(path / n) for n in ('model', 'opt_state', 'ema')]
+  meta = json.loads((path / 'meta' / 'metadata').read_text())
+  return items, meta['data_state']
+
+
+def test_a_skipped_step_leaves_all_but_the_step_and_the_position(folder):
+  config = _config(
+    folder, train__nonfinite='skip', train__steps=2, train__save_every=1
+  )
+  workdir, at = folder / 'skip', schedules.Schedule.at
+
+  def spoilt(self, step):
+    return at(self, step)._replace(alpha=np.float32([0, np.nan][step]))
+
+  with mock.patch.object(schedules.Schedule, 'at', spoilt):
+    loop.train(
+      config,
+      workdir,
+      make_evaluate=lambda *_: lambda _: {},
+      write_samples=lambda *_: None,
+    )
+  (before, first), (after, second) = (_items(workdir, n) for n in (1, 2))
+  jax.tree.map(np.testing.assert_array_equal, after, before)
+  assert (first['drawn'], second['drawn']) == (8, 16)
+  kept, skipped = metrics.read(workdir)
+  assert (kept['finite'], skipped['finite']) == (1, 0)
+  assert kept['bias_max'] > 0
+  for name in ('bias_min', 'bias_max', 'param_norm'):
+    assert skipped[name] == kept[name], name
 
 
 def _log(folder, workdir, **updates):

@@ -42,8 +42,13 @@ class HostEMA:
     self._pending = collections.deque()
     self._worker = futures.ThreadPoolExecutor(1, 'ema')
 
-  def update(self, params: Any) -> None:
+  def update(self, params: Any, counts: Any = True) -> None:
     """Schedules one update; `params` may be donated as soon as this returns.
+
+    Args:
+      params: after a step.
+      counts: whether the step was taken, bool []; read by the worker, so that
+        nothing waits for it here.  A step that was skipped changes nothing.
 
     Raises:
       Exception: whatever an earlier update raised in the worker thread.
@@ -56,7 +61,7 @@ class HostEMA:
     # lives the next step cannot reuse the buffer and silently copies it.
     # device_put copies, and the runtime runs it before a later donation.
     copies = jax.device_put(params, jax.tree.map(_host_sharding, params))
-    self._pending.append(self._worker.submit(self._fold, copies))
+    self._pending.append(self._worker.submit(self._fold, copies, counts))
 
   def wait(self) -> None:
     """Returns when every scheduled update is applied; raises as `update`."""
@@ -81,7 +86,9 @@ class HostEMA:
     self._pending[0].result()
     self._pending.popleft()
 
-  def _fold(self, params):
+  def _fold(self, params, counts):
+    if not bool(counts):
+      return
     for ema, new in zip(jax.tree.leaves(self._ema), jax.tree.leaves(params)):
       ema.fold(new, self._decay)
 

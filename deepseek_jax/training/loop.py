@@ -100,7 +100,7 @@ def train(
         batch = feed.draw(schedule.batch_size(done))
         state, row = train_step(state, batch, schedule.at(done))
         if ema:
-          ema.update(state.params)
+          ema.update(state.params, row['finite'])
         log.add(done, row)
         done += 1
         if done % config.train.eval_every == 0 or done == last:

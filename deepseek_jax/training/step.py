@@ -300,11 +300,6 @@ def update_router_state(
   }
 
 
-def _norms(grads, updates, params) -> dict[str, jax.Array]:
-  trees = {'grad_norm': grads, 'update_norm': updates, 'param_norm': params}
-  return {name: optimizer.global_norm(tree) for name, tree in trees.items()}
-
-
 def _router_metrics(router_state, stats) -> dict[str, jax.Array]:
   if not stats:
     return {}
@@ -333,7 +328,8 @@ def make_train_step(
   'param_norm', 'counts' float32 [layers, E], 'dropped', 'bias_min', 'bias_max'
   and 'finite', which is False when the loss or a gradient is not.
 
-  With `train.nonfinite=skip` such a step changes nothing but the step count.
+  With `train.nonfinite=skip` such a step changes nothing but the step count;
+  'param_norm' and the biases are then of what was kept.
 
   Raises:
     ValueError: in float16, where gradients of a mean over a batch are 0.
@@ -363,15 +359,18 @@ def make_train_step(
       opt_state=opt_state,
       amax=amax,
     )
-    metrics = {
-      **aux,
-      **_norms(grads, updates, new.params),
-      **_router_metrics(new.router_state, stats),
-    }
-    finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(metrics['grad_norm'])
+    norm = optimizer.global_norm(grads)
+    finite = jnp.isfinite(aux['loss']) & jnp.isfinite(norm)
     if config.train.nonfinite == 'skip':
       kept = state.replace(step=new.step)
       new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
+    metrics = {
+      **aux,
+      'grad_norm': norm,
+      'update_norm': optimizer.global_norm(updates),
+      'param_norm': optimizer.global_norm(new.params),
+      **_router_metrics(new.router_state, stats),
+    }
     return new, {**metrics, 'finite': finite}
 
   if layout is None:
