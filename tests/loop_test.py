@@ -309,6 +309,46 @@ def test_feed_goes_on_at_the_row_where_it_was(folder, caplog):
   assert 'seed changed since the checkpoint' in caplog.text
 
 
+class _Share:
+  """What a feed asks of a layout, in one of several processes."""
+
+  def __init__(self, index, count):
+    self._share = index, count
+
+  def share(self, _):
+    return self._share
+
+  def put_batch(self, batch):
+    return batch
+
+
+def test_feed_goes_on_among_others_and_in_parts_that_do_not_fit(folder):
+  config = _config(folder)
+  corpus = pipeline.load(config.data, config.model.vocab_size)
+  whole = feed.Feed(corpus, config).draw(40)['tokens'].reshape(-1, 33)
+
+  def draw(position, micro, count, batch_size):
+    other = _config(
+      folder, train__micro_batch_size=micro, data__batch_size=batch_size
+    )
+    feeds = [
+      feed.Feed(corpus, other, position, _Share(i, count)) for i in range(count)
+    ]
+    parts = [f.draw(batch_size)['tokens'] for f in feeds]
+    rows = np.concatenate(parts, axis=1).reshape(-1, 33)
+    return rows, json.loads(json.dumps(feeds[0].position))
+
+  position, begin = None, 0
+  # 4 rows are no whole number of 3, 6 or 8; and resumed twice alike.
+  for micro, count, size in (
+    (4, 2, 4), (3, 1, 3), (8, 2, 8), (8, 2, 8), (6, 3, 6), (2, 1, 2),
+  ):  # fmt: skip
+    rows, position = draw(position, micro, count, size)
+    np.testing.assert_array_equal(rows, whole[begin : begin + size])
+    begin += size
+    assert position['drawn'] == begin
+
+
 def test_speed_leaves_out_compilation_and_pauses():
   now = [0.0]
   clock = throughput.Clock(lambda: now[0])

@@ -93,6 +93,7 @@ def train_iterator(
   config: config_lib.DataConfig,
   batch_size: int,
   *,
+  first_row: int = 0,
   process_index: int = 0,
   process_count: int = 1,
 ) -> 'grain.DatasetIterator[Batch]':
@@ -101,11 +102,12 @@ def train_iterator(
   Of a global batch of B = `batch_size` rows, process p yields rows
   [p b, (p + 1) b) with b = B / process_count: what a step sees does not depend
   on the number of processes.  Epochs follow one another without a gap, so a
-  batch may hold the end of one and the beginning of the next.
+  batch may hold the end of one and the beginning of the next.  `first_row` rows
+  are left out, at once.
 
   The iterator has `get_state` and `set_state`, and grain.checkpoint saves and
-  restores it; a state is good for the same corpus, config, `batch_size` and
-  `process_count`.
+  restores it; a state is good for the same corpus, config, `batch_size`,
+  `first_row` and `process_count`.
 
   Raises:
     ValueError: `process_count` does not divide `batch_size`, or an epoch is
@@ -126,6 +128,7 @@ def train_iterator(
   dataset = grain.MapDataset.source(rows).shuffle(seed=seed)
   # Endless in effect: grain's own endless length overflows at batches of one.
   dataset = dataset.repeat(-(-_ENDLESS // len(rows)))
+  dataset = dataset[first_row:]
   # Every process's part of every batch in turn, of which this takes its own.
   dataset = dataset.batch(local_size)[process_index::process_count]
   options = grain.ReadOptions(

@@ -38,15 +38,18 @@ class Feed:
       'seed': data.seed,
     }
     self._drawn = 0  # Rows.
+    self._begin = 0  # The row at which the iterator began.
+    state = position and self._go_to(position)
     self._iterator = pipeline.train_iterator(
       corpus,
       data,
       self._micro,
+      first_row=self._begin,
       process_index=index,
       process_count=self._shares,
     )
-    if position is not None:
-      self._go_to(position)
+    if state:
+      self._iterator.set_state(state)
 
   @property
   def position(self) -> dict[str, Any]:
@@ -54,6 +57,7 @@ class Feed:
     return {
       'rows': self._rows,
       'drawn': self._drawn,
+      'begin': self._begin,
       'micro_batch_size': self._micro,
       'shares': self._shares,
       'iterator': self._iterator.get_state(),
@@ -74,6 +78,7 @@ class Feed:
     return self._layout.put_batch(batch) if self._layout else batch
 
   def _go_to(self, position):
+    """Takes its rows; the iterator's state, if that is good for this feed."""
     cut = position['micro_batch_size'], position.get('shares', 1)
     changed = [k for k, v in self._rows.items() if position['rows'][k] != v]
     if changed:
@@ -81,10 +86,10 @@ class Feed:
         'data: %s changed since the checkpoint; starting at the first row',
         ', '.join(changed),
       )
-    elif cut == (self._micro, self._shares):
-      self._iterator.set_state(position['iterator'])
-      self._drawn = position['drawn']
-    else:
-      for _ in range(position['drawn'] // self._micro):
-        next(self._iterator)
-      self._drawn = position['drawn'] // self._micro * self._micro
+      return None
+    self._drawn = position['drawn']
+    if cut == (self._micro, self._shares):
+      self._begin = position.get('begin', 0)
+      return position['iterator']
+    self._begin = self._drawn
+    return None
