@@ -58,6 +58,19 @@ class CorporaTest(parameterized.TestCase):
     path = self.write('x[1].txt', 'x')
     self.assertEqual(read(path), [('x[1].txt', 'x')])
 
+  def test_links_are_followed_and_a_loop_is_refused(self):
+    self.write('elsewhere/a/b.txt', 'b')
+    self.write('here/c.txt', 'c')
+    here = self.dir / 'here'
+    (here / 'd').symlink_to(self.dir / 'elsewhere')
+    expected = [('c.txt', 'c'), ('d/a/b.txt', 'b')]
+    self.assertEqual(read(here), expected)
+    self.assertEqual(read(here / '**/*.txt'), expected)
+    (self.dir / 'elsewhere/a/up').symlink_to(self.dir / 'elsewhere')
+    for source in here, here / '**/*.txt':
+      with self.assertRaisesRegex(ValueError, 'the link .*up leads to'):
+        read(source)
+
   def test_tables(self):
     table = pa.table({'id': range(4), 'text': TEXTS})
     # A blank line counts as a line and is no document.

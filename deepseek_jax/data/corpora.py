@@ -5,7 +5,7 @@ library found on the machine: real text, everywhere, no download) or one of
 
 * a file: .jsonl (a row a line), .parquet, .arrow, or else one UTF-8 text;
 * a glob of such files;
-* a directory of such files, searched recursively;
+* a directory of such files, searched recursively, links to others as well;
 * a Hugging Face dataset saved on disk: a directory with `state.json` or
   `dataset_info.json` and .arrow files.
 
@@ -48,7 +48,8 @@ def find_files(config: config_lib.DataConfig) -> dict[str, pathlib.Path]:
   on every machine.
 
   Raises:
-    ValueError: no file matches, or a saved dataset holds several splits.
+    ValueError: no file matches, a saved dataset holds several splits, or a link
+      leads to a directory that it lies in.
   """
   if config.source == 'stdlib':
     root = pathlib.Path(sysconfig.get_path('stdlib'))
@@ -110,8 +111,15 @@ def _find_users(source: str) -> tuple[pathlib.Path, list[pathlib.Path]]:
     return path, _walk(path, (*_READERS, *TEXT_SUFFIXES), set())
   parts = path.parts
   fixed = next((i for i, p in enumerate(parts) if glob.has_magic(p)), 0)
-  found = map(pathlib.Path, glob.glob(source, recursive=True))
-  return pathlib.Path(*parts[:fixed]), sorted(p for p in found if p.is_file())
+  root, checked, found = pathlib.Path(*parts[:fixed]), set(), []
+  for path in map(pathlib.Path, glob.iglob(source, recursive=True)):
+    for folder in path.relative_to(root).parents:
+      if folder not in checked:
+        checked.add(folder)
+        _check_no_loop(root / folder, root)
+    if path.is_file():
+      found.append(path)
+  return root, sorted(found)
 
 
 def _walk(
@@ -119,7 +127,8 @@ def _walk(
 ) -> list[pathlib.Path]:
   """Files below `root` with these suffixes, sorted; none that are hidden."""
   found = []
-  for folder, folders, files in os.walk(root):
+  for folder, folders, files in os.walk(root, followlinks=True):
+    _check_no_loop(pathlib.Path(folder), root)
     folders[:] = [f for f in folders if f[0] != '.' and f not in skipped]
     found += [
       pathlib.Path(folder, f)
@@ -127,6 +136,18 @@ def _walk(
       if f[0] != '.' and f.lower().endswith(suffixes)
     ]
   return sorted(found)
+
+
+def _check_no_loop(folder: pathlib.Path, root: pathlib.Path) -> None:
+  """Refuses a link to a directory around it: one would go round for ever."""
+  if folder == root or not folder.is_symlink():
+    return
+  target, inside = folder.resolve(), folder.parent.resolve()
+  if target == inside or target in inside.parents:
+    raise ValueError(
+      f'data.source: the link {folder} leads to {target}, which it lies in; '
+      f'remove it, or name what is to be read in {root}'
+    )
 
 
 def _check_text(where: str, text: str) -> None:
