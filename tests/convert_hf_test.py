@@ -85,6 +85,24 @@ class RoundTripTest(support.FolderTestCase):
       quantize.join_scales(variables),
     )
 
+  def test_biases_in_bfloat16_are_float32_in_memory_alone(self):
+    def change(arrays):
+      for name in arrays:
+        if name.endswith('e_score_correction_bias'):
+          arrays[name] = arrays[name].astype(support.BF16)
+
+    src, _, arrays = self._source('v3', change=change)
+    config, variables = convert.load_hf(src)
+    for bias in jax.tree.leaves(variables['router_state']):
+      self.assertEqual(bias.dtype, np.float32)
+    convert.save_hf(self.folder / 'saved', config, variables)
+    saved = support.read(self.folder / 'saved')
+    for name, x in saved.items():
+      np.testing.assert_array_equal(x, arrays[name].astype(x.dtype), name)
+    run.convert(src, self.folder / 'jax', 'jax')
+    run.convert(self.folder / 'jax', self.folder / 'back', 'hf')
+    support.assert_same(support.read(self.folder / 'back'), arrays)
+
   def test_other_copies_in_the_mtp_layer_survive(self):
     name = 'model.layers.3.shared_head.head.weight'
 

@@ -170,11 +170,12 @@ def load_hf(
 
   Returns:
     (config, {'params': ..., 'router_state': ...}) as a `Transformer` of
-    `config.model` takes them.  FP8 codes stay codes with 'keep' and 'fp8': the
-    collection 'scales' then has their block scales at the same paths, float32
-    [in, out] / 128, rounded up; `quantize.join_scales` makes of both what a
-    `Transformer` takes.  The collection 'extra' holds an MTP layer's
-    own embedding or head where it is not the main one's.
+    `config.model` takes them; router biases, which move in small steps, are
+    float32 even where the files' are not.  FP8 codes stay codes with 'keep' and
+    'fp8': the collection 'scales' then has their block scales at the same
+    paths, float32 [in, out] / 128, rounded up; `quantize.join_scales` makes of
+    both what a `Transformer` takes.  The collection 'extra' holds an MTP
+    layer's own embedding or head where it is not the main one's.
 
   Raises:
     ValueError: naming the file, key or tensor, if the checkpoint is not whole.
@@ -209,7 +210,8 @@ def _allocate(source, model):
     for leaf, shape in names.absent_leaves(model).items()
   }
   for leaf, tensor in names.last_of_leaves(model, source.specs).items():
-    dtype = source.specs[tensor.name].dtype
+    is_state = leaf[0] == 'router_state'
+    dtype = np.float32 if is_state else source.specs[tensor.name].dtype
     leaves[leaf] = np.empty(tensor.leaf_shape, dtype)
   return leaves
 
