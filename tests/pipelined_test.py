@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import tempfile
 
+import flax.linen as nn
 import jax
+import jax.extend.core as jex
 import numpy as np
 import optax
 import pytest
@@ -14,6 +16,7 @@ from deepseek_jax import config as config_lib
 from deepseek_jax import presets
 from deepseek_jax.evaluation import perplexity
 from deepseek_jax.parallel import schedules
+from deepseek_jax.planner import memory
 from deepseek_jax.training import checkpoint, optimizer, pipelined
 from deepseek_jax.training import layout as layout_lib
 from deepseek_jax.training import schedules as training_schedules
@@ -310,6 +313,54 @@ class CheckpointTest(parameterized.TestCase):
         whole = list(w1.shape)
         whole[2] //= case.stage
         self.assertEqual(parts, {tuple(whole)})
+
+
+def _scans(jaxpr):
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == 'scan':
+      yield eqn
+    for inner in jex.jaxprs_in_params(eqn.params):
+      yield from _scans(inner)
+
+
+def _carried(eqn):
+  """Bytes."""
+  first = eqn.params['num_consts']
+  carry = eqn.invars[first : first + eqn.params['num_carry']]
+  return sum(v.aval.size * v.aval.dtype.itemsize for v in carry)
+
+
+@pytest.mark.slow
+class MemoryTest(parameterized.TestCase):
+  @parameterized.parameters('zb_h1', 'dualpipe')
+  def test_the_planner_counts_what_the_loop_carries(self, name):
+    """Gradients, residuals and cuts, of layers wide enough to matter."""
+    wide = (
+      ('model.dim', 128),
+      ('model.inter_dim', 256),
+      ('model.moe.moe_inter_dim', 64),
+      ('parallel.expert', 2),
+      ('data.seq_len', 128),
+    )
+    config = _Case(name, 4, wide).config
+    model = step_lib.build_model(config)
+    gradients = step_lib.make_gradients(
+      model, config, step_lib.pretrain_loss, _layout(model, config)
+    )
+    variables = nn.meta.unbox(step_lib.declare(model))
+    batch = _batch(config, 0)
+    traced = jax.make_jaxpr(gradients)(
+      variables['params'],
+      variables['router_state'],
+      batch,
+      training_schedules.Schedule(config).at(0),
+      step_lib.batch_totals(batch, config),
+    )
+    schedule = pipelined.make_schedule(config.parallel, 8)
+    plan = memory.of_program(config, schedule)
+    planned = plan.gradients + plan.activations + plan.deferred
+    carried = max(map(_carried, _scans(traced.jaxpr)))
+    self.assertBetween(carried / planned, 0.9, 1.1)
 
 
 class ConfigTest(parameterized.TestCase):

@@ -130,6 +130,31 @@ class PublishedLayoutTest(parameterized.TestCase):
     ]
     self.assertBetween(max(needed), 0.8 * room, room)
 
+  def test_one_program_has_room_for_every_rank(self):
+    program = memory.of_program(self.config, self.schedule)
+    for rank in range(16):
+      own = memory.of_rank(self.config, self.schedule, rank)
+      for name in ('weights', 'gradients'):
+        self.assertGreaterEqual(getattr(program, name), getattr(own, name))
+    room = devices.DEVICES['h800'].memory
+    self.assertGreater(program.total, room)  # As experiments.plan says.
+
+  def test_a_program_is_planned_as_it_is_compiled(self):
+    """131.45 GB by XLA's buffer assignment (LOG.md, 2026-11-24)."""
+    changes = {
+      'parallel.stage': 16,
+      'parallel.expert': 8,
+      'parallel.microbatches': 32,
+      'precision.fp8.enabled': False,
+      'data.batch_size': 256,
+      'data.batch_size_start': 0,
+      'train.micro_batch_size': 0,
+      'model.n_layers': 16,
+    }
+    config = config_lib.replace(presets.deepseek_v3(), changes)
+    found = memory.of_program(config, _dualpipe(config)).total
+    self.assertBetween(found / 131.45e9, 0.9, 1.1)
+
   def test_the_measured_step_is_above_the_bound(self):
     """19.926 s a step (FACTS 2.6), of which 10.3 % are bubble."""
     h800 = devices.DEVICES['h800']

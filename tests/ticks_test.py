@@ -103,9 +103,11 @@ class TableTest(parameterized.TestCase):
 
   def test_residuals_need_the_simulators_peak(self):
     for schedule in _schedules():
-      ranks = range(schedule.ranks)
+      ranks, table = range(schedule.ranks), ticks.build(schedule)
       peak = max(simulate.peak_activations(schedule, r) for r in ranks)
-      self.assertEqual(ticks.build(schedule).residual_slots, peak)
+      self.assertEqual(table.residual_slots, peak)
+      peak = max(simulate.peak_deferred(schedule, r) for r in ranks)
+      self.assertEqual(table.cut_slots, peak)
 
   def test_a_schedule_of_equal_steps_keeps_its_makespan(self):
     """Weight gradients are already apart in zb_h1: lockstep costs nothing."""

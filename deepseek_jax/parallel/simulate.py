@@ -150,6 +150,21 @@ def peak_activations(schedule: Schedule, rank: int) -> int:
   return max(live_activations(schedule, rank))
 
 
+def peak_deferred(schedule: Schedule, rank: int) -> int:
+  """The most weight gradients that wait at once for their input gradient's cut.
+
+  A whole backward outside a pair is cut too: it takes two ticks (`ticks.py`).
+  """
+  live = peak = 0
+  for step in schedule.rows[rank]:
+    kinds = [task.kind for task in step]
+    is_cut = INPUT in kinds or kinds == [BACKWARD]
+    live += is_cut
+    peak = max(peak, live)
+    live -= WEIGHT in kinds or kinds == [BACKWARD]
+  return peak
+
+
 def bubble_formula(schedule: Schedule, costs: Costs) -> float:
   """Table 2's bubble of a rank, in closed form.
 

@@ -119,6 +119,31 @@ def kept(config: Config, is_moe: bool, policy: str, rows: float) -> float:
   return total
 
 
+def deferred(config: Config, is_moe: bool, rows: float) -> float:
+  """Bytes of one layer and micro-batch that wait for the weights' gradients.
+
+  The gradients of all linears' outputs, and those of their inputs that the
+  backward pass has computed again: norms' results, and what SwiGLU gives.
+  """
+  m = config.model
+  moe, mla = m.moe, m.mla
+  if m.attention == 'mla':
+    q = mla.qk_nope_head_dim + mla.qk_rope_head_dim
+    heads = m.n_heads * (q + mla.qk_nope_head_dim + mla.v_head_dim)
+    heads += 2 * (mla.q_lora_rank + mla.kv_lora_rank) + mla.qk_rope_head_dim
+  else:
+    heads = (m.n_heads + 2 * m.n_kv_heads) * m.gqa.head_dim
+  inter = moe.n_shared_experts * moe.moe_inter_dim if is_moe else m.inter_dim
+  per_token = formats.stored(config, 'attention', 'fmt', heads + 2 * m.dim)
+  per_token += formats.stored(config, 'dense', 'fmt', 2 * m.dim + 3 * inter)
+  total = 0
+  if is_moe:  # The router's, too, and what was dispatched.
+    per_token += m.dim * formats.width(config) + 4 * moe.n_routed_experts
+    row = m.dim + 3 * moe.moe_inter_dim
+    total = rows * formats.stored(config, 'experts', 'fmt', row)
+  return total + per_token * communication.tokens_per_device(config)
+
+
 def of_stage(config: Config, stage: Stage, rows: float) -> float:
   """Bytes that a stage keeps of one micro-batch for its backward pass."""
   model, policy = config.model, config.train.remat

@@ -27,6 +27,7 @@ class Memory(NamedTuple):
     weights: the copy in the compute dtype.
     gradients: float32, summed over micro-batches.
     activations: kept for backward passes.
+    deferred: kept besides for gradients of weights, in a pipeline's program.
     working: of the layer or head that needs most.
   """
 
@@ -34,6 +35,7 @@ class Memory(NamedTuple):
   weights: float
   gradients: float
   activations: float
+  deferred: float
   working: float
 
   @property
@@ -45,7 +47,10 @@ class Memory(NamedTuple):
 def of_rank(
   config: Config, schedule: Schedule | None = None, rank: int = 0
 ) -> Memory:
-  """Memory of one rank of a pipeline, or of any device without one."""
+  """What one rank of a pipeline needs, or any device without one.
+
+  A pipeline's program takes more: see `of_program`.
+  """
   parallel, precision = config.parallel, config.precision
   hosted = placement.hosted(config, schedule, rank)
   held = placement.held(config.model, list(hosted.values()))
@@ -65,7 +70,50 @@ def of_rank(
     weights=0 if is_alone and width == 4 else width * step,
     gradients=gradients,
     activations=_peak(schedule, rank, kept),
+    deferred=0,
     working=max(_working(config, s, rows, later) for s in hosted.values()),
+  )
+
+
+def of_program(config: Config, schedule: Schedule | None = None) -> Memory:
+  """What a device holds, whose ranks run one program (`parallel/pipeline.py`).
+
+  Every buffer has room for what any rank needs: layers of each kind, residuals
+  and what is deferred of the largest stage, embedding, head and MTP.  MTP and
+  head run forwards and backwards at once, beside what a branch has given.
+  """
+  if schedule is None:
+    return of_rank(config)
+  whole, stage = placement.of_program(config, schedule)
+  step = on_device(placement.held(config.model, [whole]), config.parallel)
+  width, ranks = formats.width(config), range(schedule.ranks)
+  rows = activations.expert_rows(config).allocated
+  cut = [
+    s for r in ranks for s in placement.hosted(config, schedule, r).values()
+  ]
+  layers = [s._replace(mtp=0, heads=False) for s in cut]
+  kept = max(activations.of_stage(config, s, rows) for s in layers)
+  deferred = max(
+    s.dense * activations.deferred(config, False, rows)
+    + s.moe * activations.deferred(config, True, rows)
+    for s in layers
+  )
+  given = width * on_device(
+    placement.held(config.model, [stage]), config.parallel
+  )
+  mtp = Stage(0, 0, config.model.n_mtp_layers, True, True)
+  head = activations.of_stage(config, mtp, rows) + _working(
+    config, mtp, rows, 0
+  )
+  branch = kept + max(_working(config, s, rows, 0) for s in layers)
+  return Memory(
+    state=of_rank(config, schedule).state,
+    weights=width * step,
+    gradients=4 * step,
+    activations=kept
+    * max(simulate.peak_activations(schedule, r) for r in ranks),
+    deferred=deferred * max(simulate.peak_deferred(schedule, r) for r in ranks),
+    working=kept + deferred + max(given + head, branch),
   )
 
 

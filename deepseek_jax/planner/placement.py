@@ -101,3 +101,18 @@ def hosted(
     for (where, chunk), (_, stage) in schedule.places.items()
     if where == rank
   }
+
+
+def of_program(config: Config, schedule: Schedule) -> tuple[Stage, Stage]:
+  """What one program for all ranks has room for: (on a rank, in a stage).
+
+  Of each kind of layer as many as any rank, or any stage, has.  MTP, embedding
+  and head are outside the stages.
+  """
+  ranks = range(schedule.ranks)
+  own = [list(hosted(config, schedule, r).values()) for r in ranks]
+  kinds = range(2)  # Of layers: dense and MoE.
+  rank = [max(sum(s[k] for s in held) for held in own) for k in kinds]
+  stage = [max(s[k] for held in own for s in held) for k in kinds]
+  mtp = config.model.n_mtp_layers
+  return Stage(*rank, mtp, True, True), Stage(*stage, 0, False, False)

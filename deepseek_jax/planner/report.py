@@ -33,7 +33,7 @@ def text(config: Config, device: str, schedule: Schedule | None = None) -> str:
   parts = [
     _title(config, device, schedule),
     _ranks(config, schedule, per_rank),
-    _verdict(per_rank[fullest].total, device),
+    _verdict(memory.of_program(config, schedule).total, device),
     _experts(config),
     _traffic(config, device, schedule, fullest),
     _bounds(config, device, schedule, fullest),
@@ -60,18 +60,24 @@ def _ranks(config, schedule, per_rank) -> str:
   lines = [
     'What one device holds, in GB, by its place in the pipeline:',
     '| rank | layers | parameters | micro-batches | state | weights | '
-    'gradients | activations | working | total |',
-    '|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|',
+    'gradients | activations | deferred | working | total |',
+    '|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|',
   ]
   for rank, m in enumerate(per_rank):
     hosted = list(placement.hosted(config, schedule, rank).values())
     held = placement.held(config.model, hosted)
     live = simulate.peak_activations(schedule, rank) if schedule else 1
-    sizes = ' | '.join(f'{size / _GB:.4g}' for size in (*m, m.total))
     count = round(memory.on_device(held, config.parallel))
     layers = ', '.join(map(_layers, hosted))
-    lines.append(f'| {rank} | {layers} | {count:,} | {live} | {sizes} |')
+    lines.append(f'| {rank} | {layers} | {count:,} | {live} | {_sizes(m)} |')
+  if schedule:
+    program = _sizes(memory.of_program(config, schedule))
+    lines.append(f'| all | one program with room for each | | | {program} |')
   return '\n'.join(lines)
+
+
+def _sizes(m: memory.Memory) -> str:
+  return ' | '.join(f'{size / _GB:.4g}' for size in (*m, m.total))
 
 
 def _layers(stage: placement.Stage) -> str:

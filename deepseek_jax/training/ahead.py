@@ -176,14 +176,12 @@ def describe(program: Program, config: Config, is_step: bool) -> str:
 
 
 def _planned(config: Config) -> memory.Memory:
-  """Of the fullest rank."""
+  """Of the program, which is that of all ranks."""
   parallel, schedule = config.parallel, None
   if parallel.stage > 1:
     count = config.data.batch_size // config.micro_batch_size
     schedule = pipelined.make_schedule(parallel, count)
-  ranks = range(parallel.stage)
-  plans = [memory.of_rank(config, schedule, rank) for rank in ranks]
-  return max(plans, key=lambda plan: plan.total)
+  return memory.of_program(config, schedule)
 
 
 def _table(found: Sequence[hlo.Collective]) -> list[str]:
