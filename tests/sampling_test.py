@@ -55,6 +55,22 @@ class DistributionTest(parameterized.TestCase):
     )
     np.testing.assert_array_equal(sampling.choose(logits, None, how), [1, 0])
 
+  @parameterized.parameters(1e-30, 1e-37, 2e-38, 1e-38, 1e-40, 1e-300)
+  def test_a_small_temperature_is_greedy(self, temperature):
+    logits = jnp.array([[-7.0, 9.0, 3.0], [2.0, -1.0, 0.0]])
+    how = sampling.sampling(temperature)
+    np.testing.assert_array_equal(
+      jax.jit(sampling.distribution)(logits, how), [[0, 1, 0], [1, 0, 0]]
+    )
+
+  def test_any_top_k_above_the_vocabulary_is_all(self):
+    logits = jnp.array([1.0, 3.0, 2.0])
+    many, all_three = (sampling.sampling(1.0, k) for k in (2**40, 3))
+    np.testing.assert_array_equal(
+      sampling.distribution(logits, many),
+      sampling.distribution(logits, all_three),
+    )
+
   def test_draws_follow_the_probabilities(self):
     probs = np.array([0.1, 0.0, 0.2, 0.7], np.float32)
     keys = jax.random.split(jax.random.key(0), _N)

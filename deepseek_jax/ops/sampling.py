@@ -32,7 +32,7 @@ def sampling(
   """A checked `Sampling`.
 
   Args:
-    temperature: 0 is greedy.
+    temperature: 0 is greedy, as is what float32 has no number for.
     top_k: only the k likeliest tokens; 0: all.
     top_p: of those, the likeliest whose probabilities first sum to it.
 
@@ -45,12 +45,13 @@ def sampling(
     raise ValueError(f'top_k={top_k}: use 0 (all tokens) or a count')
   if not 0 < top_p <= 1:
     raise ValueError(f'top_p={top_p}: use a probability in (0, 1]')
+  limits = jnp.finfo(jnp.float32), jnp.iinfo(jnp.int32)
   kind = 'filtered' if top_k or top_p < 1 else 'plain'
   return Sampling(
     jnp.float32(temperature),
-    jnp.int32(top_k or jnp.iinfo(jnp.int32).max),
-    jnp.float32(top_p),
-    'greedy' if temperature == 0 else kind,
+    jnp.int32(min(top_k or limits[1].max, limits[1].max)),
+    jnp.float32(max(top_p, limits[0].tiny)),
+    'greedy' if temperature < limits[0].tiny else kind,
   )
 
 
@@ -63,6 +64,8 @@ def distribution(logits: jax.Array, how: Sampling) -> jax.Array:
   V = logits.shape[-1]
   if how.kind == 'greedy':
     return jax.nn.one_hot(jnp.argmax(logits, -1), V)
+  # The largest becomes 0, which no temperature makes infinite.
+  logits -= logits.max(-1, keepdims=True)
   probs = jax.nn.softmax(logits / how.temperature, -1)
   if how.kind == 'plain':
     return probs
