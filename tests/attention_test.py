@@ -1,6 +1,7 @@
 """Blockwise attention against softmax(q k^T) v in float64."""
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import parameterized
@@ -40,6 +41,13 @@ def _exact(q, k, v, dout, segments):
   dq, dk = dscores @ k, dscores.swapaxes(2, 3) @ q
   dv = probs.swapaxes(2, 3) @ dout
   return [x.swapaxes(1, 2) for x in (out, dq, dk, dv)]
+
+
+def _equations(jaxpr):
+  for eqn in jaxpr.eqns:
+    yield eqn
+    for inner in jex.jaxprs_in_params(eqn.params):
+      yield from _equations(inner)
 
 
 class AttendTest(parameterized.TestCase):
@@ -101,6 +109,27 @@ class AttendTest(parameterized.TestCase):
     self.assertEqual({x.dtype for x in actual}, {jnp.dtype(jnp.bfloat16)})
     expected = _exact(*(np.asarray(x, np.float32) for x in low), segments)
     tolerances.assert_close(actual, expected, tolerances.BFLOAT16)
+
+  def test_scores_and_softmax_of_bfloat16_are_float32(self):
+    length = 150
+    *arrays, segments = _inputs(length, True)
+    low = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
+
+    def both(q, k, v, dout):
+      def apply(q, k, v):
+        return attention.attend(q, k, v, _SCALE, segments)
+
+      out, vjp = jax.vjp(apply, q, k, v)
+      return out, vjp(dout)
+
+    found = {}
+    for eqn in _equations(jax.make_jaxpr(both)(*low).jaxpr):
+      out, name = eqn.outvars[0].aval, eqn.primitive.name
+      # Only products of queries and keys, or the like, have a score's shape.
+      if name != 'dot_general' or out.shape[-2:] == (length, length):
+        found.setdefault(name, set()).add(out.dtype.name)
+    for name in ('dot_general', 'exp', 'log', 'reduce_max', 'reduce_sum'):
+      self.assertEqual(found[name], {'float32'}, name)
 
   def test_the_blocks_cover_every_query_once(self):
     for length in (1, 127, 128, 129, 300, 2048, 2049, 4095, 5000):

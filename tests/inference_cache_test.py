@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -218,6 +219,20 @@ class WriteTest(parameterized.TestCase):
         tolerances.assert_close(
           out[b, 0, head], want, tolerances.COMPONENT_PARITY
         )
+
+
+def test_a_gate_and_its_bias_stay_float32_in_a_bfloat16_model():
+  config = config_lib.replace(
+    presets.tiny(), {**_SMALL, 'precision.compute_dtype': 'bfloat16'}
+  )
+  model = step_lib.build_model(config)
+  like = nn.meta.unbox(step_lib.declare(model))
+  unstacked = jax.eval_shape(lambda v: weights.unstack(model, v), like)
+  dtypes = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(unstacked):
+    dtypes.setdefault(path[-1].key, set()).add(leaf.dtype.name)
+  assert dtypes['gate'] == dtypes['bias'] == {'float32'}
+  assert dtypes['w1'] == dtypes['wkv_a'] == {'bfloat16'}
 
 
 @pytest.mark.parametrize('name', _VARIANTS)

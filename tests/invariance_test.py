@@ -11,6 +11,7 @@ from absl.testing import absltest, parameterized
 
 from deepseek_jax import config as config_lib
 from deepseek_jax import presets
+from deepseek_jax.layers import moe
 from deepseek_jax.models import deepseek
 from deepseek_jax.training import optimizer, schedules, step
 from deepseek_jax.training.state import TrainState
@@ -179,10 +180,92 @@ class StepTest(parameterized.TestCase):
     config = make_config(train__micro_batch_size=2, **changes)
     _assert_same(_run(config, shuffled), expected)
 
+  def test_the_bias_is_float32_and_moves_by_gamma_in_a_bfloat16_run(self):
+    config = make_config(precision__compute_dtype='bfloat16')
+    model = step.build_model(config)
+    tx = optimizer.adamw(config.optim, config.precision)
+    state = step.abstract_state(model, tx)
+    batch = jax.tree.map(lambda x: x[None], make_batch())
+    new, metrics = jax.eval_shape(
+      step.make_train_step(model, config, tx), state, batch, HYPER
+    )
+    for leaf in jax.tree.leaves((new.router_state, metrics['counts'])):
+      self.assertEqual(leaf.dtype, jnp.float32)
+    # Steps that bfloat16 could not make from here.
+    before = {'moe_layers': {'bias': jnp.full((1, 4), 0.5, jnp.float32)}}
+    stats = moe.MoEStats(jnp.array([[0.0, 4, 2, 2]]), None, None)
+    after = step.update_router_state(
+      before, {'moe_layers': stats}, HYPER._replace(gamma=1e-4), config
+    )
+    step_E = np.float32(1e-4) * np.float32([[1, -1, 0, 0]])
+    np.testing.assert_array_equal(
+      after['moe_layers']['bias'], np.float32(0.5) + step_E
+    )
+
   def test_float16_is_refused(self):
     config = make_config(precision__compute_dtype='float16')
     with self.assertRaisesRegex(ValueError, 'float16.*train in bfloat16'):
       step_of(config)
+
+
+class ObjectiveTest(parameterized.TestCase):
+  def test_gradient_in_the_papers_setting_equals_the_sum_written_out(self):
+    """Two depths of MTP, no document mask: by hidden states and by the head."""
+    config = make_config(
+      data__mask_documents=False, model__n_mtp_layers=2, model__dim=6
+    )
+    model, batch = step.build_model(config), make_batch()
+    B, T = batch['tokens'][:, 1:].shape
+    rng = np.random.default_rng(1)
+    hidden = [rng.normal(size=(B, T, 6)).astype(np.float32) for _ in range(3)]
+    head = rng.normal(size=(512, 6)).astype(np.float32)
+    hyper = schedules.Hyper(lr=0.0, gamma=0.0, alpha=0.7, mtp_weight=0.3)
+    totals = step.batch_totals(batch, config)
+
+    @jax.jit
+    def gradients(hidden, head, balance):
+      def loss(hidden, head, balance):
+        stats = {'moe_layers': moe.MoEStats(None, balance, None)}
+        output = deepseek.Output(hidden[0], tuple(hidden[1:]), stats)
+        params = {'head': head, 'embed': head}
+        return step.objective(
+          model, config, params, output, batch, hyper, totals
+        )[0]
+
+      return jax.grad(loss, argnums=(0, 1, 2))(hidden, head, balance)
+
+    expected = _written_out(hidden, head, batch, config.optim.z_loss, 0.3)
+    actual = gradients(hidden, head, jnp.ones(3))
+    tolerances.assert_close(actual[:2], expected, tolerances.COMPONENT_PARITY)
+    tolerances.assert_close(
+      actual[2], np.full(3, 0.7 / B), tolerances.FLOAT32_MATH
+    )
+
+
+def _written_out(hidden, head, batch, z_loss, mtp_weight):
+  """The gradients, token by token in float64, of equations 24 and 25."""
+  tokens, segments = batch['tokens'], batch['segments']
+  head = head.astype(np.float64)
+  n = np.sum((segments[:, :-1] > 0) & (segments[:, 1:] > 0))
+  by_head, by_hidden = np.zeros_like(head), []
+  for k, states in enumerate(hidden):
+    weight = (mtp_weight / (len(hidden) - 1) if k else 1) / n
+    gradient = np.zeros(states.shape)
+    for b, i in np.ndindex(*states.shape[:2]):
+      j = i + 1 + k
+      if j >= tokens.shape[1] or not segments[b, i] or not segments[b, j]:
+        continue
+      if k and segments[b, i] != segments[b, j]:
+        continue  # MTP stays within the document, the main head does not.
+      h = states[b, i].astype(np.float64)
+      z = head @ h
+      lse = np.log(np.exp(z).sum())
+      by_logits = np.exp(z - lse) * (1 + 2 * z_loss * lse)
+      by_logits[tokens[b, j]] -= 1
+      gradient[b, i] = weight * head.T @ by_logits
+      by_head += weight * np.outer(by_logits, h)
+    by_hidden.append(gradient)
+  return by_hidden, by_head
 
 
 class WeightsTest(parameterized.TestCase):

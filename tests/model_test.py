@@ -11,7 +11,7 @@ from absl.testing import parameterized
 
 from deepseek_jax import config as config_lib
 from deepseek_jax import presets
-from deepseek_jax.layers import gqa, mla
+from deepseek_jax.layers import gqa, mla, moe
 from deepseek_jax.models import deepseek
 from tests import reference, tolerances
 from tests.drawn import draw
@@ -166,6 +166,37 @@ class TransformerTest(parameterized.TestCase):
     jax.tree_util.tree_map_with_path(check, variables)
     w1 = variables['params']['moe_layers']['ffn']['w1']
     self.assertGreater(jnp.abs(w1[0] - w1[1]).max(), config.init_std)
+
+
+class GateTest(parameterized.TestCase):
+  def test_a_bfloat16_layer_picks_the_experts_of_a_float32_gate(self):
+    """Two logits are one number in bfloat16."""
+    base = presets.tiny().model
+    config = dataclasses.replace(
+      base,
+      dim=4,
+      moe=dataclasses.replace(
+        base.moe,
+        n_routed_experts=4,
+        n_activated_experts=1,
+        n_expert_groups=1,
+        n_limited_groups=1,
+        n_shared_experts=0,
+        moe_inter_dim=4,
+      ),
+    )
+    layer = moe.MoE(config, config_lib.PrecisionConfig('bfloat16'))
+    x_BTD = jnp.zeros((1, 3, 4), jnp.bfloat16).at[..., 0].set(1)
+    mask_BT = jnp.ones((1, 3))
+    variables = jax.eval_shape(layer.init, jax.random.key(0), x_BTD, mask_BT)
+    variables = jax.tree.map(
+      lambda s: jnp.zeros(s.shape, s.dtype), nn.meta.unbox(variables)
+    )
+    logits = jnp.array([0.5, 0.5001, 0.4, 0.3])
+    gate = variables['params']['gate'].at[0].set(logits)
+    variables['params']['gate'] = gate
+    _, stats = jax.jit(layer.apply)(variables, x_BTD, mask_BT)
+    np.testing.assert_array_equal(stats.counts_E, [0, 3, 0, 0])
 
 
 class AttentionLayerTest(parameterized.TestCase):
