@@ -22,8 +22,10 @@ def make_eval_step(
 
   `batch` holds `tokens` and `segments`, int32 [B, T + 1], with a layout this
   process's share of the B rows; `bytes_V` is the number of UTF-8 bytes of each
-  token.  Only targets within the document of their context count, so that the
-  result does not depend on the packing of unrelated documents.  The sums: 'nll'
+  token.  Only targets within the document of the token before them count.  With
+  `data.mask_documents` the result does not depend on what else a row holds;
+  without it, the paper's setting, documents before are part of the context.
+  The sums: 'nll'
   (nats), 'tokens', 'bytes', and per MTP depth 'mtp_{k}_nll',
   'mtp_{k}_accepted' and 'mtp_{k}_drafts'.
   """
