@@ -46,6 +46,15 @@ def _at_least(field: str, value: float, low: float) -> None:
   )
 
 
+def _float32(field: str, value: float) -> None:
+  _require(
+    value in (0, math.inf) or 1.2e-38 < abs(value) < 3.4e38,
+    field,
+    value,
+    'float32 makes it 0 or infinite; use 0, or a size from 1.2e-38 to 3.4e38',
+  )
+
+
 def _divisors(value: int, limit: int | None = None) -> list[int]:
   limit = value if limit is None else min(value, limit)
   return [n for n in range(1, limit + 1) if value % n == 0]
@@ -471,10 +480,13 @@ class OptimConfig:
       _require(value > 0, p + name, value, 'use a number above 0')
     for name in ('b1', 'b2', 'ema_decay'):
       _fraction(p + name, getattr(self, name))
+    for name in ('lr', 'weight_decay', 'z_loss', 'eps', 'clip_norm'):
+      _float32(p + name, getattr(self, name))
     _choice(p + 'schedule', self.schedule, LR_SCHEDULES)
     for name in ('gamma', 'alpha', 'mtp_weight'):
       try:
-        parse_piecewise(getattr(self, name))
+        for _, value in parse_piecewise(getattr(self, name)):
+          _float32('value', value)
       except ValueError as error:
         raise ValueError(f'{p}{name}: {error}') from None
 
