@@ -503,7 +503,7 @@ class TrainConfig:
   nonfinite: str = 'stop'  # On a NaN or infinity: stop, or skip the step.
   log_every: int = 10
   eval_every: int = 1000
-  eval_batches: int = 16
+  eval_batches: int = 16  # Of batch_size sequences; 0: all there are.
   save_every: int = 1000
   keep: int = 3  # Checkpoints kept.
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from unittest import mock
 
 import jax
@@ -17,7 +18,7 @@ import pytest
 from deepseek_jax import config as config_lib
 from deepseek_jax import presets
 from deepseek_jax.data import pipeline, tokenizer
-from deepseek_jax.evaluation import run
+from deepseek_jax.evaluation import perplexity, run
 from deepseek_jax.training import (
   checkpoint,
   feed,
@@ -347,6 +348,43 @@ def test_feed_goes_on_among_others_and_in_parts_that_do_not_fit(folder):
     np.testing.assert_array_equal(rows, whole[begin : begin + size])
     begin += size
     assert position['drawn'] == begin
+
+
+def test_validation_rows_do_not_depend_on_accumulation(folder):
+  rows = []
+
+  def collect(_, params, router_state, batches, bytes_V):
+    del params, router_state, bytes_V
+    rows.append(np.concatenate([batch['tokens'] for batch in batches]))
+
+  state = state_lib.TrainState(np.int32(0), {}, {}, {})
+  with (
+    mock.patch.object(perplexity, 'make_eval_step'),
+    mock.patch.object(perplexity, 'evaluate', collect),
+  ):
+    for micro in (0, 2, 4):
+      config = _config(folder, train__micro_batch_size=micro)
+      corpus = pipeline.load(config.data, config.model.vocab_size)
+      run.make_evaluate(None, config, corpus)(state)
+  assert rows[0].shape == (config.data.batch_size, 33)
+  for other in rows[1:]:
+    np.testing.assert_array_equal(other, rows[0])
+
+
+def test_the_prompt_of_a_short_document_does_not_end_it(folder, tmp_path):
+  documents = [np.array([1, 7, 8, 2]), np.arange(3, 40)]
+  corpus = types.SimpleNamespace(
+    tokenizer=types.SimpleNamespace(eos_id=2, decode=str),
+    validation=types.SimpleNamespace(
+      documents=documents, document=documents.__getitem__
+    ),
+  )
+  with mock.patch.object(run.generate, 'generate') as generate:
+    generate.return_value.tokens = [[4], [5]]
+    run.write_samples(tmp_path, None, {}, corpus, _config(folder), 3)
+  prompts = generate.call_args.args[2]
+  assert prompts == [[1, 7, 8], list(range(3, 19))]
+  assert '[1, 7, 8]' in (tmp_path / 'samples/3.txt').read_text()
 
 
 def test_speed_leaves_out_compilation_and_pauses():

@@ -40,11 +40,12 @@ def make_evaluate(
 ) -> Callable[[state_lib.TrainState], dict[str, float]]:
   """Evaluation of a state on `train.eval_batches` batches (0: all) of rows.
 
-  A batch is a micro-batch; a pipeline's stages take one each at the same time.
+  A batch is `data.batch_size` rows, however they are cut: they pass by the
+  micro-batch, of which a pipeline's stages take one each at the same time.
   """
   layout = layout and layout.for_evaluation()
   eval_step = perplexity.make_eval_step(model, config, layout)
-  n_rows = config.train.eval_batches * config.micro_batch_size
+  n_rows = config.train.eval_batches * config.data.batch_size
   size = config.micro_batch_size * config.parallel.stage
   index, count = layout.share(size) if layout else (0, 1)
 
@@ -82,7 +83,10 @@ def write_samples(
   """
   tokenizer, rows = corpus.tokenizer, corpus.validation
   count = min(_SAMPLES, len(rows.documents))
-  prompts = [rows.document(i)[:_PROMPT_TOKENS].tolist() for i in range(count)]
+  # Its last token says that it is over, and does not begin anything.
+  prompts = [
+    rows.document(i)[:-1][:_PROMPT_TOKENS].tolist() for i in range(count)
+  ]
   with layout_lib.ambient(layout):
     outputs = generate.generate(
       model,

@@ -26,7 +26,9 @@ parts by 0.33 %; V3's recipe by no more.  No other arm is two standard errors
 beyond it: hours earlier, before sums elsewhere changed, FP8 had 0.53 % and
 Dgrad 128 x 128 0.30 %.  61,000 tokens (V3: 300B) decide between no two recipes:
 whole tensors, like bfloat16, lost some validation loss both times.  The arm of
-delayed scales ran once.
+delayed scales ran once.  Gaps are to float32; the paper's are to BF16, which
+here strays as far itself.  The second arm was validated on half of the others'
+rows, for batches of validation were micro-batches then.
 """
 
 from experiments import sweep
