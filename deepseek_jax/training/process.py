@@ -74,6 +74,10 @@ def join(config: config_lib.ParallelConfig) -> None:
   finally:
     for timer in timers:
       timer.cancel()
+  if jax.default_backend() == 'cpu':
+    # There JAX finds the first process's kept programs only: it would come to
+    # its first collective while the others compile, and gloo waits for 30 s.
+    jax.config.update('jax_enable_compilation_cache', False)
 
 
 def _check_port(coordinator):
