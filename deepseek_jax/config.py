@@ -495,7 +495,7 @@ class OptimConfig:
 class TrainConfig:
   """The loop: how long, how much at a time, what is kept."""
 
-  steps: int = 243870
+  steps: int = 245103
   seed: int = 0
   micro_batch_size: int = 0  # Sequences per forward; 0: the whole batch.
   remat: str = 'selective'  # What the backward pass computes again.

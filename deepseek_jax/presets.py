@@ -71,7 +71,7 @@ def deepseek_v2() -> Config:
       alpha='0.003',
       mtp_weight='0',
     ),
-    train=config_lib.TrainConfig(steps=220174, micro_batch_size=256),
+    train=config_lib.TrainConfig(steps=220973, micro_batch_size=256),
   )
 
 
@@ -197,7 +197,7 @@ def quickstart() -> Config:
       lr=3e-3,
       warmup_steps=30,
       ema_decay=0.99,
-      gamma='0.005,0@0.96622',  # For 220 steps instead of 243,870.
+      gamma='0.005,0@0.96622',  # For 220 steps instead of 245,103.
     ),
     train=config_lib.TrainConfig(
       steps=220, remat='none', eval_every=55, eval_batches=8, save_every=55

@@ -22,7 +22,7 @@ _FLOOR = 0.1  # Where the cosines end.
 _V2_DROPS = {'v2': (0.6, 0.9), 'v2_lite': (0.8, 0.9)}
 _V2_FACTOR = 0.316
 
-RAMP_STAGES = 8  # Of the batch size; each size is compiled once.
+RAMP_STAGES = 8  # Batch sizes, the full one too; each is compiled once.
 
 
 class Hyper(NamedTuple):
@@ -37,11 +37,11 @@ class Hyper(NamedTuple):
 class Schedule:
   """All schedules of one run; steps count from 0.
 
-  The batch ramp: `RAMP_STAGES` stages of equally many tokens, whose sizes are
-  evenly spaced from `batch_size_start` to `batch_size` inclusive and rounded to
-  multiples of what a step can take (`Config.batch_step`): linear growth in
-  tokens, in as many compiled programs as there are stages.  DeepSeek never
-  published its ramp's shape.
+  The batch ramp: `RAMP_STAGES` sizes, evenly spaced from `batch_size_start` to
+  `batch_size` inclusive and rounded to multiples of what a step can take
+  (`Config.batch_step`).  The ramp's tokens are divided equally among all but
+  the last, whose stage begins at its end: linear growth in tokens, in as many
+  compiled programs as there are sizes.  DeepSeek never published the shape.
   """
 
   def __init__(self, config: config_lib.Config):
@@ -122,12 +122,14 @@ def _ramp_sizes(config: config_lib.Config) -> list[int]:
 def _ramp_starts(sizes: list[int], steps: int, ramp: float) -> list[int]:
   """First step of each stage.
 
-  Of the n sequences of the run, n x ramp / stages are read in each stage, in
-  n x ramp / stages / size steps, and what remains at full size.  All these
-  steps sum to `steps`: that gives n, though n and the ramp need each other.
+  Of the n sequences of the run, n x ramp / spans are read in each stage but the
+  last, in n x ramp / spans / size steps, and what remains at full size.  All
+  these steps sum to `steps`: that gives n, though n and the ramp need each
+  other.
   """
-  per_sequence = [ramp / len(sizes) / size for size in sizes]
-  n = steps / (sum(per_sequence) + (1 - ramp) / sizes[-1])
+  *growing, full = sizes
+  per_sequence = [ramp / len(growing) / size for size in growing]
+  n = steps / (sum(per_sequence) + (1 - ramp) / full)
   return [round(n * sum(per_sequence[:i])) for i in range(len(sizes))]
 
 
