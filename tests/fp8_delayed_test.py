@@ -82,6 +82,20 @@ class LinearTest(parameterized.TestCase):
     )
     np.testing.assert_array_equal(dweight.amax, np.float32(own))
 
+  def test_gradients_of_a_mean_over_a_large_batch(self):
+    """V3's has 62.9M tokens: the same gradients, 2^-37 as large."""
+    x, w, dy = map(jnp.asarray, _draw((40, 130), (130, 70), (40, 70)))
+    results = []
+    for factor in (1, 2.0**-37):
+      amax = jnp.array([2.0, 0.5, 3.0 * factor])
+      _, vjp = jax.vjp(
+        lambda x, w: fp8_delayed.linear(x, Delayed(w, amax), _RECIPE),  # noqa: B023
+        x,
+        w,
+      )
+      results.append([g / factor for g in vjp(dy * factor)])
+    chex.assert_trees_all_equal(*results)
+
   def test_what_is_kept_already_takes_the_same_scale(self):
     x, w, dy = _draw((40, 130), (130, 70), (40, 70))
     kept = fp8_recipe.Kept(scale='ceil').quantize(jnp.asarray(x))

@@ -170,6 +170,16 @@ class LinearTest(parameterized.TestCase):
       tolerances.FLOAT32_MATH,
     )
 
+  @parameterized.parameters(*_RECIPES)
+  def test_gradients_of_a_mean_over_a_large_batch(self, name):
+    """V3's has 62.9M tokens: the same gradients, 2^-37 as large."""
+    recipe, (T, D, F) = _RECIPES[name], (200, 130, 70)
+    x, w, dy = (jnp.asarray(_draw(*s)) for s in ((T, D), (D, F), (T, F)))
+    _, *expected = _products(recipe, x, w, dy)
+    _, *actual = _products(recipe, x, w, dy * 2.0**-37)
+    actual = jax.tree.map(lambda a: a * 2.0**37, actual)
+    chex.assert_trees_all_equal(actual, expected)
+
   def test_is_near_the_plain_product(self):
     x, w, dy = (jnp.asarray(_draw(*s)) for s in ((256, 256),) * 3)
     plain, plain_vjp = jax.vjp(jnp.matmul, x, w)

@@ -19,9 +19,10 @@ from deepseek_jax.layers.block import Block
 from deepseek_jax.models import deepseek
 from deepseek_jax.ops import quantize
 from deepseek_jax.parallel import expert
+from deepseek_jax.training import step
 from tests import tolerances
 from tests.drawn import draw
-from tests.invariance_test import _run, make_config
+from tests.invariance_test import HYPER, _run, make_config
 
 
 def _small(**changes):
@@ -84,6 +85,38 @@ class InvarianceTest(parameterized.TestCase):
     expected, expected_experts = _without_experts(_baseline())
     _assert_same(actual, expected)
     tolerances.assert_close(experts, expected_experts, tolerances.FP8_TILES)
+
+
+@pytest.mark.slow
+class LargeBatchTest(parameterized.TestCase):
+  def test_gradients_of_v3s_batch(self):
+    """A mean over 2^18 times the tokens: gradients 2^-18 as large, no bit else.
+
+    As all that is rounded is rounded by its leading bits.
+    """
+    config = make_config(
+      model__n_layers=2,
+      model__n_mtp_layers=0,
+      precision__fp8__enabled=True,
+      precision__compute_dtype='bfloat16',
+    )
+    model, hyper = step.build_model(config), HYPER._replace(alpha=0.0)
+    params, state = jax.tree.map(jnp.asarray, draw(config.model, None))
+
+    @jax.jit
+    def gradient(tokens):
+      def loss(params):
+        totals = step.Totals(tokens, jnp.float32(2))
+        args = params, state, _batch(), hyper, totals
+        return step.pretrain_loss(model, config, *args)[0]
+
+      return jax.grad(loss)(params)
+
+    expected, actual = gradient(240.0), gradient(62_914_560.0)
+    for path, grad in jax.tree_util.tree_leaves_with_path(expected):
+      self.assertGreater(jnp.abs(grad).max(), 0, path)
+    enlarged = jax.tree.map(lambda g: g * 2.0**18, actual)
+    tolerances.assert_close(enlarged, expected, tolerances.FLOAT32_MATH)
 
 
 _FP8 = config_lib.FP8Config(enabled=True)

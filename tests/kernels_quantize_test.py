@@ -1,5 +1,6 @@
 """Quantising kernels: interpreted, and lowered at the real models' shapes."""
 
+import dataclasses
 import functools
 
 import jax
@@ -44,6 +45,22 @@ class InterpretedTest(parameterized.TestCase):
     with mosaic.interpreted():
       q = quantize.quantize(x, ROW, scale=scale, implementation='mosaic_gpu')
     assert_same(q, reference.quantize(x, ROW, scale=scale), scale)
+
+  @parameterized.parameters(*reference.SCALES)
+  def test_gradients_of_a_mean_over_a_large_batch(self, scale):
+    x = (draw(64, 128) * 2.0**-60).at[3].set(0)
+    how = {'scale': scale, 'min_amax': reference.GRADIENT_MIN_AMAX}
+    with mosaic.interpreted():
+      q = quantize.quantize(x, ROW, **how, implementation='mosaic_gpu')
+    expected = reference.quantize(x, ROW, **how)
+    np.testing.assert_array_equal(q.scales[3], expected.scales[3])
+    large = [
+      dataclasses.replace(v, scales=v.scales * 2.0**60) for v in (q, expected)
+    ]
+    assert_same(*large, scale)
+    self.assertTrue(
+      (np.asarray(q.dequantize()).any(1) == (np.arange(64) != 3)).all()
+    )
 
   def test_zeros_and_what_is_not_finite(self):
     x = draw(64, 128, dtype=jnp.float32)

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from deepseek_jax.convert import fp8
 from deepseek_jax.ops import formats, quantize
+from tests import tolerances
 
 _TILES = {
   'row': quantize.ROW_TILE,
@@ -127,6 +128,34 @@ class QuantizeTest(parameterized.TestCase):
     self.assertTrue(np.isnan(y[3:5, :128]).all())
     np.testing.assert_allclose(y[3:5, 128:], 1, rtol=0.13)
     np.testing.assert_allclose(y[5], 1, rtol=0.13)
+
+  @parameterized.product(
+    fmt=('e4m3', 'e5m2', 'e5m6'),
+    scale=quantize.SCALES,
+    exponent=(-37, -90),
+  )
+  def test_gradients_have_no_least_amax(self, fmt, scale, exponent):
+    """2^-37 is what they are at V3's batch; the same codes, smaller scales."""
+    fmt, x = formats.parse(fmt), jnp.asarray(_draw(4, 256)).at[1].set(0)
+    how = quantize.ROW_TILE, fmt, scale
+    least = quantize.GRADIENT_MIN_AMAX
+    tiny = quantize.quantize(x * 2.0**exponent, *how, min_amax=least)
+    np.testing.assert_array_equal(
+      tiny.dequantize() * 2.0**-exponent,
+      quantize.quantize(x, *how, min_amax=least).dequantize(),
+    )
+    np.testing.assert_array_equal(tiny.scales[1], np.float32(2.0**-126))
+    # As in DeepSeek's `act_quant`, otherwise.
+    tiny = quantize.quantize(x * 2.0**-37, *how)
+    least = quantize.scale_of(jnp.full((4, 2), 1e-4), fmt, scale)
+    np.testing.assert_array_equal(tiny.scales, least)
+
+  @parameterized.parameters(*quantize.SCALES)
+  def test_a_format_as_wide_as_float32(self, scale):
+    """Its amax over its maximum would be no normal number."""
+    x = jnp.asarray(_draw(4, 256))
+    q = quantize.quantize(x, quantize.ROW_TILE, formats.BF16, scale)
+    tolerances.assert_close(q.dequantize(), x, tolerances.BFLOAT16)
 
   def test_an_optimised_loop_keeps_a_nan(self):
     x = jnp.ones((512, 256)).at[3, 5].set(jnp.nan)

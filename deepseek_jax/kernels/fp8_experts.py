@@ -26,6 +26,8 @@ from deepseek_jax.ops.grouped import Layout
 from deepseek_jax.ops.quantize import (
   BLOCK,
   COLUMN_TILE,
+  GRADIENT_MIN_AMAX,
+  MIN_AMAX,
   ROW_TILE,
   SQUARE_TILE,
   Quantized,
@@ -99,7 +101,7 @@ def _fwd(x_TD, weights, weights_TK, layout, recipe):
 def _bwd(recipe, residuals, dy_TD):
   sent, weights, weights_TK, layout, kept = residuals
   w1, w2, w3 = (_quantize(w, recipe).mT for w in weights)
-  sent_dy = _rowwise(dy_TD, recipe.dispatch, recipe)
+  sent_dy = _rowwise(dy_TD, recipe.dispatch_gradient, recipe)
   dy = _permute(sent_dy, layout)
   dot = functools.partial(_dot, layout=layout, dtype=dy_TD.dtype)
   gates_R = experts.gate_weights(weights_TK, layout)
@@ -109,18 +111,23 @@ def _bwd(recipe, residuals, dy_TD):
   )
   *dinputs, dgates_R = vjp(dhidden)
   dinputs = [v.astype(dy_TD.dtype) for v in dinputs]
-  operand = Kept(E4M3, recipe.scale)
+  operand = Kept(E4M3, recipe.scale, GRADIENT_MIN_AMAX)
   codes = (_rowwise(v, operand, recipe) for v in dinputs)
   dx = sum(dot(q, w) for q, w in zip(codes, (w1, w3)))
   dws = (None,) * 3
   if not isinstance(weights[0], Quantized):
     turned = COLUMN_TILE, E4M3, recipe.scale
     x, dy = (
-      recipe.steps.requantize(v, *turned) for v in (_permute(sent, layout), dy)
+      recipe.steps.requantize(v, *turned, min_amax=least)
+      for v, least in (
+        (_permute(sent, layout), MIN_AMAX),
+        (dy, GRADIENT_MIN_AMAX),
+      )
     )
-    hidden, dgate, dup = (
-      recipe.steps.quantize(v, *turned)
-      for v in (hidden.astype(dy_TD.dtype), *dinputs)
+    hidden = recipe.steps.quantize(hidden.astype(dy_TD.dtype), *turned)
+    dgate, dup = (
+      recipe.steps.quantize(v, *turned, min_amax=GRADIENT_MIN_AMAX)
+      for v in dinputs
     )
     pairs = (x, dgate), (hidden, dy), (x, dup)
     dws = tuple(
@@ -153,7 +160,8 @@ def _quantize(w_EKN: jax.Array | Quantized, recipe: Recipe) -> Quantized:
 
 
 def _rowwise(x: jax.Array, kept: Kept, recipe: Recipe) -> Quantized:
-  return recipe.steps.quantize(x, ROW_TILE, kept.fmt, kept.scale)
+  how = kept.fmt, kept.scale
+  return recipe.steps.quantize(x, ROW_TILE, *how, min_amax=kept.min_amax)
 
 
 def _permute(q: Quantized, layout: Layout) -> Quantized:

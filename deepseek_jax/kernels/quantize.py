@@ -29,12 +29,12 @@ from deepseek_jax.kernels import dispatch, mosaic
 from deepseek_jax.ops import fused_quantize
 from deepseek_jax.ops import quantize as reference
 from deepseek_jax.ops.formats import E4M3, Format
-from deepseek_jax.ops.quantize import BLOCK, ROW_TILE, Quantized
+from deepseek_jax.ops.quantize import BLOCK, MIN_AMAX, ROW_TILE, Quantized
 
 _ROWS = 64
 _NORM_ROWS = 2
-_MIN_AMAX = 1e-4
 _MANTISSA = 2**23 - 1
+_MIN_SCALE = 2.0**-126
 # [rows, 128] with a row to a warp, and 4 neighbours to a lane.
 _ROW_TO_WARP = plgpu.Layout.TILED(
   plgpu.Tiling(((4, BLOCK), (4,))), (-3,), (-2,), -1
@@ -65,6 +65,7 @@ def quantize(
   fmt: Format = E4M3,
   scale: str = 'float32',
   amax: jax.Array | None = None,
+  min_amax: float = MIN_AMAX,
   implementation: str | None = None,
 ) -> Quantized:
   """`ops.quantize.quantize`."""
@@ -75,8 +76,8 @@ def quantize(
     found.append('the magnitudes are given')
   choice = dispatch.choose(implementation, found, 'quantize', x)
   if not choice.is_kernel:
-    return reference.quantize(x, tile, fmt, scale, amax)
-  return _rowwise(lambda x, _: x, (x,), None, scale)
+    return reference.quantize(x, tile, fmt, scale, amax, min_amax)
+  return _rowwise(lambda x, _: x, (x,), None, scale, min_amax)
 
 
 def swiglu(
@@ -100,7 +101,7 @@ def _swiglu(gate, up, weight):
   return hidden if weight is None else hidden * weight
 
 
-def _rowwise(f, arrays, weights_T, scale):
+def _rowwise(f, arrays, weights_T, scale, min_amax=MIN_AMAX):
   """Codes of `f(*tiles, weight of each row)`; `f` sees float32 [64, 128]."""
   T, D = arrays[0].shape
   dtype, n = arrays[0].dtype, len(arrays)
@@ -125,7 +126,7 @@ def _rowwise(f, arrays, weights_T, scale):
       at = pl.ds(j * BLOCK, BLOCK)
       tiles = [x_smem[i, :, at].astype(jnp.float32) for i in range(n)]
       value = f(*tiles, weight).astype(dtype).astype(jnp.float32)
-      c_smem[:, at], s_smem[j] = encode(value, scale)
+      c_smem[:, at], s_smem[j] = encode(value, scale, min_amax)
     mosaic.store(c_smem, c_gmem.at[rows, pl.ds(column * columns, columns)])
     mosaic.store(s_smem, s_gmem.at[pl.ds(column * width, width), rows])
     plgpu.wait_smem_to_gmem(0)
@@ -149,20 +150,22 @@ def _rowwise(f, arrays, weights_T, scale):
   return Quantized(codes, scales.mT, ROW_TILE, E4M3)
 
 
-def encode(value: jax.Array, scale: str) -> tuple[jax.Array, jax.Array]:
+def encode(
+  value: jax.Array, scale: str, min_amax: float = MIN_AMAX
+) -> tuple[jax.Array, jax.Array]:
   """Within a kernel: E4M3 codes and scales of the rows of float32 `value`."""
-  scales = scale_of(jnp.max(jnp.abs(value), axis=1), scale)
+  scales = scale_of(jnp.max(jnp.abs(value), axis=1), scale, min_amax)
   value = value / lax.broadcast_in_dim(scales, value.shape, (0,))
   value = jnp.minimum(jnp.maximum(value, -E4M3.max), E4M3.max)
   return value.astype(E4M3.dtype), scales
 
 
-def scale_of(amax: jax.Array, scale: str) -> jax.Array:
+def scale_of(amax: jax.Array, scale: str, min_amax: float) -> jax.Array:
   """Within a kernel: `ops.quantize.scale_of` for E4M3."""
-  amax = jnp.maximum(amax, _MIN_AMAX)
+  amax = jnp.maximum(amax, min_amax)
   if scale == 'floor':
-    return _power_of_two(amax, 0) / 256.0
-  scales = amax / E4M3.max
+    return jnp.maximum(_power_of_two(amax, 0) / 256.0, _MIN_SCALE)
+  scales = jnp.maximum(amax / E4M3.max, _MIN_SCALE)
   return scales if scale == 'float32' else _power_of_two(scales, _MANTISSA)
 
 

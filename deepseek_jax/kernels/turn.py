@@ -22,7 +22,13 @@ from deepseek_jax.kernels import dispatch, mosaic
 from deepseek_jax.kernels import quantize as rows
 from deepseek_jax.ops import quantize as reference
 from deepseek_jax.ops.formats import E4M3, Format
-from deepseek_jax.ops.quantize import BLOCK, COLUMN_TILE, ROW_TILE, Quantized
+from deepseek_jax.ops.quantize import (
+  BLOCK,
+  COLUMN_TILE,
+  MIN_AMAX,
+  ROW_TILE,
+  Quantized,
+)
 
 _CHANNELS = 64  # Of a block.
 
@@ -53,14 +59,15 @@ def requantize(
   tile: tuple[int, int],
   fmt: Format = E4M3,
   scale: str = 'float32',
+  min_amax: float = MIN_AMAX,
   implementation: str | None = None,
 ) -> Quantized:
   """`ops.quantize.requantize`."""
   found = obstacles(q, tile, fmt, scale)
   choice = dispatch.choose(implementation, found, 'fp8 turned', q)
   if not choice.is_kernel:
-    return reference.requantize(q, tile, fmt, scale)
-  return _turn(q.codes, q.scales.mT, scale)
+    return reference.requantize(q, tile, fmt, scale, min_amax)
+  return _turn(q.codes, q.scales.mT, scale, min_amax)
 
 
 def quantize(
@@ -69,21 +76,22 @@ def quantize(
   fmt: Format = E4M3,
   scale: str = 'float32',
   amax: jax.Array | None = None,
+  min_amax: float = MIN_AMAX,
   implementation: str | None = None,
 ) -> Quantized:
   """`ops.quantize.quantize`, in tiles along rows or along columns."""
   if tile != COLUMN_TILE:
-    return rows.quantize(x, tile, fmt, scale, amax, implementation)
+    return rows.quantize(x, tile, fmt, scale, amax, min_amax, implementation)
   found = obstacles(x, tile, fmt, scale)
   if amax is not None:
     found.append('the magnitudes are given')
   choice = dispatch.choose(implementation, found, 'quantize turned', x)
   if not choice.is_kernel:
-    return reference.quantize(x, tile, fmt, scale, amax)
-  return _turn(x, None, scale)
+    return reference.quantize(x, tile, fmt, scale, amax, min_amax)
+  return _turn(x, None, scale, min_amax)
 
 
-def _turn(x_TD, scales_ZT, scale):
+def _turn(x_TD, scales_ZT, scale, min_amax):
   T, D = x_TD.shape
   has_codes = scales_ZT is not None
 
@@ -104,7 +112,7 @@ def _turn(x_TD, scales_ZT, scale):
     value = value.astype(jnp.float32)
     if has_codes:
       value *= lax.broadcast_in_dim(in_smem[...], value.shape, (1,))
-    c_smem[...], s_smem[...] = rows.encode(value, scale)
+    c_smem[...], s_smem[...] = rows.encode(value, scale, min_amax)
     mosaic.store(c_smem, c_gmem.at[channels, tokens])
     mosaic.store(s_smem, s_gmem.at[i, channels])
     plgpu.wait_smem_to_gmem(0)

@@ -60,13 +60,18 @@ def known(amax: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def quantize(
-  x: jax.Array, amax: jax.Array, fmt: Format, scale: str
+  x: jax.Array,
+  amax: jax.Array,
+  fmt: Format,
+  scale: str,
+  min_amax: float = quantize_lib.MIN_AMAX,
 ) -> Quantized:
   """`x` under one scale, `amax`'s; what is larger is clipped.
 
   The codes are bytes: see `Quantized.raw`.
   """
-  return quantize_lib.quantize(x, WHOLE, fmt, scale, known(amax, x)).raw
+  how = fmt, scale, known(amax, x), min_amax
+  return quantize_lib.quantize(x, WHOLE, *how).raw
 
 
 def quantize_weight(weight: Delayed, recipe: Recipe) -> Quantized:
@@ -112,7 +117,8 @@ def _fwd(x_TD, weight, kept, recipe):
 
 def _bwd(recipe, residuals, dy_TF):
   saved, found, weight, like_x = residuals
-  dy = quantize(dy_TF, weight.amax[2], recipe.gradient_fmt, recipe.scale)
+  how = recipe.gradient_fmt, recipe.scale, quantize_lib.GRADIENT_MIN_AMAX
+  dy = quantize(dy_TF, weight.amax[2], *how)
   w = quantize_weight(weight, recipe)
   dx_TD = recipe.steps.dot(dy, w.mT, recipe.accumulation, like_x.dtype)
   x = saved

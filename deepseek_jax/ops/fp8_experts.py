@@ -185,6 +185,7 @@ def _input_grad(sent_dy, weights, kept, rows, recipe, dtype):
     tile=recipe.gradient_tile,
     fmt=recipe.gradient_fmt,
     scale=recipe.scale,
+    min_amax=quantize.GRADIENT_MIN_AMAX,
   )
 
   def body(i, carry):
@@ -234,7 +235,11 @@ def _weight_grad(sent, sent_dy, kept, dinputs, rows, recipe, weights):
       operand_of, fmt=recipe.fmt, inside=inside, **how
     )
     gradient = functools.partial(
-      operand_of, fmt=recipe.gradient_fmt, inside=inside, **how
+      operand_of,
+      fmt=recipe.gradient_fmt,
+      inside=inside,
+      min_amax=quantize.GRADIENT_MIN_AMAX,
+      **how,
     )
     x = activation(_take(sent, rows, start), amax=x_amax).mT
     hidden = _hidden(*(_cut(q, start).dequantize() for q in kept))
@@ -262,6 +267,7 @@ def operand_of(
   scale: str,
   inside: jax.Array,
   amax: jax.Array | None = None,
+  min_amax: float = quantize.MIN_AMAX,
 ) -> Quantized:
   """A block of rows in the form that a product takes; 0 where not `inside`."""
   if isinstance(x, Quantized):
@@ -270,8 +276,8 @@ def operand_of(
     x = x.dequantize()
   x = jnp.where(inside, x, 0)
   if amax is not None:
-    return fp8_delayed.quantize(x, amax, fmt, scale)
-  return quantize.quantize(x, tile, fmt, scale)
+    return fp8_delayed.quantize(x, amax, fmt, scale, min_amax)
+  return quantize.quantize(x, tile, fmt, scale, min_amax=min_amax)
 
 
 def _weight(w, recipe) -> Quantized:

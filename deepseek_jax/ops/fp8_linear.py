@@ -113,9 +113,7 @@ def input_gradient(
   dtype: Any = jnp.float32,
 ) -> jax.Array:
   """Dgrad, `dy @ w^T`: [T, D]."""
-  dy = recipe.steps.quantize(
-    dy_TF, recipe.gradient_tile, recipe.gradient_fmt, recipe.scale
-  )
+  dy = _quantize_gradient(dy_TF, recipe.gradient_tile, recipe)
   w = quantize_weight(w_DF, recipe)
   return recipe.steps.dot(dy, w.mT, recipe.accumulation, dtype)
 
@@ -133,5 +131,12 @@ def weight_gradient(
     x = recipe.steps.requantize(
       quantize.unpack(saved), tile, recipe.fmt, recipe.scale
     )
-  dy = recipe.steps.quantize(dy_TF, tile, recipe.gradient_fmt, recipe.scale)
+  dy = _quantize_gradient(dy_TF, tile, recipe)
   return recipe.steps.dot(x.mT, dy, recipe.accumulation)
+
+
+def _quantize_gradient(dy_TF, tile, recipe):
+  least = quantize.GRADIENT_MIN_AMAX
+  return recipe.steps.quantize(
+    dy_TF, tile, recipe.gradient_fmt, recipe.scale, min_amax=least
+  )

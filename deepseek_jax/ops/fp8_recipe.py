@@ -30,14 +30,17 @@ class Kept:
     fmt: of its codes.
     scale: see `quantize.scale_of`; a power of two where it is to be turned to
       128 x 1 without a second rounding.
+    min_amax: likewise.
   """
 
   fmt: Format = E4M3
   scale: str = 'float32'
+  min_amax: float = quantize.MIN_AMAX
 
   def quantize(self, x: jax.Array) -> quantize.Quantized:
     """`x` [..., I, J] in this form."""
-    return quantize.quantize(x, quantize.ROW_TILE, self.fmt, self.scale)
+    how = self.fmt, self.scale
+    return quantize.quantize(x, quantize.ROW_TILE, *how, min_amax=self.min_amax)
 
 
 class Steps(NamedTuple):
@@ -95,7 +98,8 @@ class Recipe:
   @property
   def dispatch_gradient(self) -> Kept:
     """Gradients of the experts' output, as they are sent to the experts."""
-    return Kept(self.gradient_fmt, self.dispatch.scale)
+    scale, least = self.dispatch.scale, quantize.GRADIENT_MIN_AMAX
+    return Kept(self.gradient_fmt, scale, least)
 
 
 def of(config: FP8Config, role: str = '', steps: Steps = REFERENCE) -> Recipe:

@@ -24,8 +24,13 @@ COLUMN_TILE = (BLOCK, 1)
 SQUARE_TILE = (BLOCK, BLOCK)
 WHOLE = (0, 0)
 
-# amax of a tile of zeros, as in DeepSeek's `act_quant`.
-_MIN_AMAX = 1e-4
+# A tile's amax counts as this at least.  Of weights and activations as in
+# DeepSeek's `act_quant`.
+MIN_AMAX = 1e-4
+# Of output gradients: those of a mean over V3's 62.9M tokens lie far below.
+GRADIENT_MIN_AMAX = 0.0
+# 2^-126: normal in float32 and in E8M0, and so is its reciprocal.
+_MIN_SCALE = 2.0**-126
 
 
 @functools.partial(
@@ -159,34 +164,42 @@ def tile_amax(x: jax.Array, tile: tuple[int, int]) -> jax.Array:
 
 
 def scale_of(
-  amax: jax.Array, fmt: formats.Format, scale: str = 'float32'
+  amax: jax.Array,
+  fmt: formats.Format,
+  scale: str = 'float32',
+  min_amax: float = MIN_AMAX,
 ) -> jax.Array:
   """The scale under which a tile with this `amax` is stored.
 
   Args:
-    amax: float32; taken as at least 1e-4, so that zeros have a scale too.
+    amax: float32.
     fmt: of the codes.
     scale: 'float32': amax / fmt.max, V3's online scale.  'ceil': the power of
       two above it, so that nothing is clipped; V3.1's, and the dispatch's.
       'floor': the power of two of amax less that of fmt.max, as in the OCP
       microscaling formats; values above fmt.max are clipped.
+    min_amax: `amax` is taken as at least this; `GRADIENT_MIN_AMAX` for output
+      gradients.
 
   Returns:
-    float32, infinite or NaN where `amax` is.
+    float32, at least 2^-126, so that zeros have a scale too; infinite or NaN
+    where `amax` is.
 
   Raises:
     ValueError: for another `scale`.
   """
-  amax = jnp.maximum(amax, _MIN_AMAX)
-  # Else XLA multiplies by the rounded reciprocal of a constant or scalar.
-  largest = jax.lax.optimization_barrier(jnp.full_like(amax, fmt.max))
-  if scale == 'float32':
-    return amax / largest
-  if scale == 'ceil':
-    return formats.ceil_power_of_two(amax / largest)
+  amax = jnp.maximum(amax, min_amax)
+  largest = fmt.max
   if scale == 'floor':
-    top = 2.0 ** math.floor(math.log2(fmt.max))
-    return formats.floor_power_of_two(amax) / top
+    largest = 2.0 ** math.floor(math.log2(fmt.max))
+    amax = formats.floor_power_of_two(amax)
+  # Else XLA multiplies by the rounded reciprocal of a constant or scalar.
+  largest = jax.lax.optimization_barrier(jnp.full_like(amax, largest))
+  scales = jnp.maximum(amax / largest, _MIN_SCALE)
+  if scale in ('float32', 'floor'):
+    return scales
+  if scale == 'ceil':
+    return formats.ceil_power_of_two(scales)
   raise ValueError(f'scale={scale!r}: choose one of {", ".join(SCALES)}')
 
 
@@ -196,6 +209,7 @@ def quantize(
   fmt: formats.Format = formats.E4M3,
   scale: str = 'float32',
   amax: jax.Array | None = None,
+  min_amax: float = MIN_AMAX,
 ) -> Quantized:
   """Rounds `x` to `fmt`, tile by tile, to nearest, ties to even.
 
@@ -210,10 +224,11 @@ def quantize(
     scale: see `scale_of`.
     amax: magnitudes to scale by instead of the tiles' own, as delayed scaling
       does; what is larger is clipped.
+    min_amax: see `scale_of`.
   """
   if amax is None:
     amax = tile_amax(x, tile)
-  scales = scale_of(amax, fmt, scale)
+  scales = scale_of(amax, fmt, scale, min_amax)
   divisor = expand(scales, tile, x.shape)
   codes = formats.encode(x.astype(jnp.float32) / divisor, fmt)
   return Quantized(codes, scales, tile, fmt)
@@ -224,13 +239,14 @@ def requantize(
   tile: tuple[int, int],
   fmt: formats.Format = formats.E4M3,
   scale: str = 'float32',
+  min_amax: float = MIN_AMAX,
 ) -> Quantized:
   """The same values in other tiles: how a saved activation meets Wgrad.
 
   With powers of two and the same format, a value is rounded again only where
   its new scale is larger than its old one.
   """
-  return quantize(q.dequantize(), tile, fmt, scale)
+  return quantize(q.dequantize(), tile, fmt, scale, min_amax=min_amax)
 
 
 def join_scales(variables: dict[str, Any]) -> dict[str, Any]:
