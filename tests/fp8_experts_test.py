@@ -72,12 +72,15 @@ def _expected(recipe, x, w1, w2, w3, ids, weights, dy):
   def send(v, fmt):
     return double(_rounded(v, quantize.ROW_TILE, fmt, r.dispatch.scale))
 
-  def operand(v, tile, fmt, is_sent=False):
+  # What was sent has powers of two, and is turned to such: FACTS 3.2.
+  sent_scale = r.scale if turned == quantize.WHOLE else r.dispatch.scale
+
+  def operand(v, tile, fmt, is_sent=False, scale=r.scale):
     if is_sent and tile == quantize.ROW_TILE and fmt == r.dispatch.fmt:
       return v
     if is_sent and tile == quantize.ROW_TILE and fmt == r.gradient_fmt:
       return v
-    return double(_rounded(v.astype('f4'), tile, fmt, r.scale))
+    return double(_rounded(v.astype('f4'), tile, fmt, scale))
 
   def swiglu(gate, up):
     gate, up = gate.astype('f4'), up.astype('f4')
@@ -111,10 +114,10 @@ def _expected(recipe, x, w1, w2, w3, ids, weights, dy):
       dup = dhidden * g * gate * sigmoid
       ops = [operand(v, r.gradient_tile, r.gradient_fmt) for v in (dgate, dup)]
       np.add.at(dx, t, ops[0] @ u1.T + ops[1] @ u3.T)
-      a, h = (operand(v, turned, r.fmt) for v in (x_sent[t], hidden * g))
-      dgate, dup, drows = (
-        operand(v, turned, r.gradient_fmt) for v in (dgate, dup, dy_sent[t])
-      )
+      a = operand(x_sent[t], turned, r.fmt, scale=sent_scale)
+      drows = operand(dy_sent[t], turned, r.gradient_fmt, scale=sent_scale)
+      h = operand(hidden * g, turned, r.fmt)
+      dgate, dup = (operand(v, turned, r.gradient_fmt) for v in (dgate, dup))
       dws[0][e] += a.T @ dgate
       dws[1][e] += h.T @ drows
       dws[2][e] += a.T @ dup

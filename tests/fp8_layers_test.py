@@ -46,8 +46,9 @@ def _quantise(x, rows, columns, fmt=_E4M3, power=False):
 class _Linear:
   """y = x w, and its gradients: each product quantises its own operands."""
 
-  def __init__(self, w, gradient_rows=1):
+  def __init__(self, w, gradient_rows=1, power=False):
     self._w, self._rows = _quantise(w, 128, 128), gradient_rows
+    self._power = power  # Whether what is kept has powers of two as scales.
 
   def forward(self, x, kept=None):
     """With what is kept of x for the weight gradient, if that is not codes."""
@@ -58,7 +59,8 @@ class _Linear:
   def backward(self, dy):
     """dx and dw."""
     dx = _quantise(dy, self._rows, 128) @ self._w.T
-    x, dy = (_quantise(v, 128, 1) for v in (self._kept, dy))
+    x = _quantise(self._kept, 128, 1, power=self._power)
+    dy = _quantise(dy, 128, 1)
     return dx, x.T @ dy
 
 
@@ -113,7 +115,7 @@ def _mla(p, x, dy, config):
     m.qk_nope_head_dim, m.qk_rope_head_dim, m.kv_lora_rank, m.v_head_dim
   )  # fmt: skip
   w = {n: _Linear(p[n].reshape(len(p[n]), -1)) for n in _LATENT}
-  w['wo'] = _Linear(p['wo'].reshape(N * U, -1))
+  w['wo'] = _Linear(p['wo'].reshape(N * U, -1), power=True)
   q_norm, kv_norm = (
     _Norm(p[n], config.norm_eps) for n in ('q_norm', 'kv_norm')
   )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import parameterized
 
+from deepseek_jax import config
 from deepseek_jax.ops import (
   formats,
   fp8_linear,
@@ -160,7 +161,9 @@ class LinearTest(parameterized.TestCase):
     dy_q = rounded(dy, r.gradient_tile, r.gradient_fmt, r.scale)
     tokens = quantize.WHOLE if name == 'tensor' else quantize.COLUMN_TILE
     kept = rounded(x, quantize.ROW_TILE, r.saved.fmt, r.saved.scale)
-    x_w = rounded(kept, tokens, r.fmt, r.scale)
+    # Powers of two are turned to powers of two: FACTS 3.2.
+    is_power = r.saved.scale == 'ceil' and name != 'tensor'
+    x_w = rounded(kept, tokens, r.fmt, 'ceil' if is_power else r.scale)
     dy_w = rounded(dy, tokens, r.gradient_fmt, r.scale)
     exact = [np.asarray(v, np.float64) for v in (x_q, w_q, dy_q, x_w, dy_w)]
     x_q, w_q, dy_q, x_w, dy_w = exact
@@ -213,6 +216,19 @@ class LinearTest(parameterized.TestCase):
     results = [jax.vjp(f, x, w1, w2) for f in (shared, separate)]
     chex.assert_trees_all_equal(*(y for y, _ in results))
     chex.assert_trees_all_equal(*(vjp(dy) for _, vjp in results))
+
+  @parameterized.parameters('', 'wo')
+  def test_what_was_kept_under_powers_of_two_is_turned_to_such(self, role):
+    """Of what is sent, no number changes; attention's output has more bits."""
+    recipe = fp8_recipe.of(config.FP8Config(enabled=True), role)
+    x = 1.5 + 0.4 * jnp.tanh(jnp.asarray(_draw(128, 128)))
+    kept = recipe.saved if role else recipe.dispatch
+    tile, scale = recipe.turned(kept)
+    self.assertEqual((tile, scale), (quantize.COLUMN_TILE, 'ceil'))
+    codes = kept.quantize(x)
+    again = quantize.requantize(codes, tile, recipe.fmt, scale)
+    expected = formats.round_to(codes.dequantize(), recipe.fmt)
+    np.testing.assert_array_equal(again.dequantize(), expected)
 
   def test_bfloat16_activations(self):
     x = jnp.asarray(_draw(8, 128), jnp.bfloat16)

@@ -25,9 +25,7 @@ from deepseek_jax.ops.fp8_recipe import Kept, Recipe
 from deepseek_jax.ops.grouped import Layout
 from deepseek_jax.ops.quantize import (
   BLOCK,
-  COLUMN_TILE,
   GRADIENT_MIN_AMAX,
-  MIN_AMAX,
   ROW_TILE,
   SQUARE_TILE,
   Quantized,
@@ -116,19 +114,14 @@ def _bwd(recipe, residuals, dy_TD):
   dx = sum(dot(q, w) for q, w in zip(codes, (w1, w3)))
   dws = (None,) * 3
   if not isinstance(weights[0], Quantized):
-    turned = COLUMN_TILE, E4M3, recipe.scale
-    x, dy = (
-      recipe.steps.requantize(v, *turned, min_amax=least)
-      for v, least in (
-        (_permute(sent, layout), MIN_AMAX),
-        (dy, GRADIENT_MIN_AMAX),
-      )
+    x = _turned(_permute(sent, layout), recipe.dispatch, recipe)
+    dy = _turned(dy, recipe.dispatch_gradient, recipe)
+    tile, scale = recipe.turned()
+    along = functools.partial(
+      recipe.steps.quantize, tile=tile, fmt=E4M3, scale=scale
     )
-    hidden = recipe.steps.quantize(hidden.astype(dy_TD.dtype), *turned)
-    dgate, dup = (
-      recipe.steps.quantize(v, *turned, min_amax=GRADIENT_MIN_AMAX)
-      for v in dinputs
-    )
+    hidden = along(hidden.astype(dy_TD.dtype))
+    dgate, dup = (along(v, min_amax=GRADIENT_MIN_AMAX) for v in dinputs)
     pairs = (x, dgate), (hidden, dy), (x, dup)
     dws = tuple(
       grouped.fp8_outer(*pair, layout.groups, implementation=_KERNEL).astype(
@@ -162,6 +155,13 @@ def _quantize(w_EKN: jax.Array | Quantized, recipe: Recipe) -> Quantized:
 def _rowwise(x: jax.Array, kept: Kept, recipe: Recipe) -> Quantized:
   how = kept.fmt, kept.scale
   return recipe.steps.quantize(x, ROW_TILE, *how, min_amax=kept.min_amax)
+
+
+def _turned(sent: Quantized, kept: Kept, recipe: Recipe) -> Quantized:
+  """What was sent, as an operand of Wgrad."""
+  tile, scale = recipe.turned(kept)
+  how = tile, E4M3, scale
+  return recipe.steps.requantize(sent, *how, min_amax=kept.min_amax)
 
 
 def _permute(q: Quantized, layout: Layout) -> Quantized:

@@ -221,9 +221,10 @@ def _weight_grad(sent, sent_dy, kept, dinputs, rows, recipe, weights):
 
   A loop of its own, so that a pipeline can defer it (V3 section 3.2.1).
   """
-  is_whole = recipe.gradient_tile == quantize.WHOLE
-  how = {'tile': quantize.WHOLE if is_whole else quantize.COLUMN_TILE}
-  how |= {'scale': recipe.scale}
+  computed, sent_x, sent_dys = (
+    dict(zip(('tile', 'scale'), recipe.turned(kept)))
+    for kept in (None, recipe.dispatch, recipe.dispatch_gradient)
+  )
   x_amax, hidden_amax, _ = _amaxes(weights, 0)
   gate_amax, dy_amax, up_amax = _amaxes(weights, 2)
   dot = functools.partial(fp8_matmul.dot, accumulation=recipe.accumulation)
@@ -231,25 +232,23 @@ def _weight_grad(sent, sent_dy, kept, dinputs, rows, recipe, weights):
   def body(i, carry):
     start, e = rows.start[i], rows.expert[i]
     inside = _inside(rows, i)
-    activation = functools.partial(
-      operand_of, fmt=recipe.fmt, inside=inside, **how
-    )
+    activation = functools.partial(operand_of, fmt=recipe.fmt, inside=inside)
     gradient = functools.partial(
       operand_of,
       fmt=recipe.gradient_fmt,
       inside=inside,
       min_amax=quantize.GRADIENT_MIN_AMAX,
-      **how,
     )
-    x = activation(_take(sent, rows, start), amax=x_amax).mT
+    x = activation(_take(sent, rows, start), amax=x_amax, **sent_x).mT
     hidden = _hidden(*(_cut(q, start).dequantize() for q in kept))
     hidden = hidden * _cut(rows.gate, start)
-    hidden = activation(hidden.astype(dinputs[0].dtype), amax=hidden_amax).mT
+    hidden = hidden.astype(dinputs[0].dtype)
+    hidden = activation(hidden, amax=hidden_amax, **computed).mT
     dgate, dup = (
-      gradient(_cut(v, start), amax=amax)
+      gradient(_cut(v, start), amax=amax, **computed)
       for v, amax in zip(dinputs, (gate_amax, up_amax))
     )
-    dy = gradient(_take(sent_dy, rows, start), amax=dy_amax)
+    dy = gradient(_take(sent_dy, rows, start), amax=dy_amax, **sent_dys)
     products = dot(x, dgate), dot(hidden, dy), dot(x, dup)
     return tuple(
       lax.dynamic_update_index_in_dim(dw, _at(dw, e) + product, e, 0)

@@ -122,15 +122,12 @@ def weight_gradient(
   saved: Quantized | Packed | jax.Array, dy_TF: jax.Array, recipe: Recipe
 ) -> jax.Array:
   """Wgrad, `x^T @ dy`, both in tiles along the tokens: float32 [D, F]."""
-  # Scales of whole tensors stay so in the weight gradient.
-  is_whole = recipe.gradient_tile == quantize.WHOLE
-  tile = quantize.WHOLE if is_whole else quantize.COLUMN_TILE
   if isinstance(saved, jax.Array):
-    x = recipe.steps.quantize(saved, tile, recipe.fmt, recipe.scale)
+    tile, scale = recipe.turned()
+    x = recipe.steps.quantize(saved, tile, recipe.fmt, scale)
   else:
-    x = recipe.steps.requantize(
-      quantize.unpack(saved), tile, recipe.fmt, recipe.scale
-    )
+    tile, scale = recipe.turned(recipe.saved)
+    x = recipe.steps.requantize(quantize.unpack(saved), tile, recipe.fmt, scale)
   dy = _quantize_gradient(dy_TF, tile, recipe)
   return recipe.steps.dot(x.mT, dy, recipe.accumulation)
 

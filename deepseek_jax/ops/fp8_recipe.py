@@ -28,8 +28,8 @@ class Kept:
 
   Attributes:
     fmt: of its codes.
-    scale: see `quantize.scale_of`; a power of two where it is to be turned to
-      128 x 1 without a second rounding.
+    scale: see `quantize.scale_of`; where it is a power of two, so is that of
+      the same numbers turned to 128 x 1, and nothing but underflow is lost.
     min_amax: likewise.
   """
 
@@ -71,7 +71,8 @@ class Recipe:
   Attributes:
     fmt: of the operands of all three products.
     gradient_fmt: of output gradients, in Dgrad and Wgrad.
-    scale: of these codes; see `quantize.scale_of`.
+    scale: of these codes, unless `turned` says otherwise; see
+      `quantize.scale_of`.
     saved: the activation between forward and backward; E5M6 for the input of
       `wo`, which attention's backward pass reads as well.
     swiglu: SwiGLU's inputs; its output is computed again from them.
@@ -100,6 +101,22 @@ class Recipe:
     """Gradients of the experts' output, as they are sent to the experts."""
     scale, least = self.dispatch.scale, quantize.GRADIENT_MIN_AMAX
     return Kept(self.gradient_fmt, scale, least)
+
+  def turned(self, kept: Kept | None = None) -> tuple[tuple[int, int], str]:
+    """(tile, scale) of an operand of Wgrad, along the tokens.
+
+    What was kept under powers of two gets such again: only then is nothing
+    but underflow lost (V3 sections 3.3.2 and 3.3.3).  Scales of whole tensors
+    have no orientation.
+
+    Args:
+      kept: in which form the operand was kept or sent, if in any.
+    """
+    if self.gradient_tile == quantize.WHOLE:
+      return quantize.WHOLE, self.scale
+    if kept is None or kept.scale == 'float32':
+      return quantize.COLUMN_TILE, self.scale
+    return quantize.COLUMN_TILE, kept.scale
 
 
 def of(config: FP8Config, role: str = '', steps: Steps = REFERENCE) -> Recipe:

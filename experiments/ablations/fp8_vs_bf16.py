@@ -28,7 +28,9 @@ Dgrad 128 x 128 0.30 %.  61,000 tokens (V3: 300B) decide between no two recipes:
 whole tensors, like bfloat16, lost some validation loss both times.  The arm of
 delayed scales ran once.  Gaps are to float32; the paper's are to BF16, which
 here strays as far itself.  The second arm was validated on half of the others'
-rows, for batches of validation were micro-batches then.
+rows, for batches of validation were micro-batches then.  Not
+measured again since what is kept under powers of two is turned to such, and
+gradients have no least amax (LOG.md).
 """
 
 from experiments import sweep
