@@ -187,28 +187,36 @@ class GradientsTest(parameterized.TestCase):
     text = jax.jit(run).lower(*args).as_text()
     self.assertEqual(text.count('stablehlo.all_to_all'), 2 * 3)
 
-  def test_head_and_embedding_are_computed_where_they_are(self):
-    """Every product with the vocabulary lies in a branch that others skip."""
-    run, args = _Case('zb_h1', 4, 4).make()
-    inside, outside = _vocabulary_products(jax.make_jaxpr(run)(*args).jaxpr)
+  @parameterized.parameters('zb_h1', 'dualpipe')
+  def test_what_lies_in_branches_that_other_ranks_skip(self, schedule):
+    """Every product with the vocabulary; no message, which would hang."""
+    run, args = _Case(schedule, 4, 8).make()
+    jaxpr = jax.make_jaxpr(run)(*args).jaxpr
+    inside, outside = _places(jaxpr, _is_vocabulary_product)
     self.assertGreater(inside, 3)
     self.assertEqual(outside, 0)
+    inside, outside = _places(jaxpr, lambda e: e.primitive.name == 'ppermute')
+    self.assertEqual(inside, 0)
+    self.assertGreater(outside, 1)
 
 
-def _vocabulary_products(jaxpr, is_branch=False):
-  """How many dot products with V lie within a conditional, and without."""
+def _is_vocabulary_product(eqn):
+  shapes = [v.aval.shape for v in (*eqn.invars, *eqn.outvars)]
+  return eqn.primitive.name == 'dot_general' and any(_V in s for s in shapes)
+
+
+def _places(jaxpr, is_counted, is_branch=False):
+  """How many such equations lie within a conditional, and without."""
   counts = np.zeros(2, int)
   for eqn in jaxpr.eqns:
-    shapes = [v.aval.shape for v in (*eqn.invars, *eqn.outvars)]
-    if eqn.primitive.name == 'dot_general':
-      counts[0 if is_branch else 1] += any(_V in shape for shape in shapes)
+    counts[0 if is_branch else 1] += is_counted(eqn)
     for sub in jax.tree.leaves(
       eqn.params, is_leaf=lambda p: hasattr(p, 'eqns')
     ):
       sub = getattr(sub, 'jaxpr', sub)
       if hasattr(sub, 'eqns'):
         within = is_branch or eqn.primitive.name in ('cond', 'while')
-        counts += _vocabulary_products(sub, within)
+        counts += _places(sub, is_counted, within)
   return counts
 
 
