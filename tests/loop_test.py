@@ -400,6 +400,17 @@ def test_speed_leaves_out_compilation_and_pauses():
   assert clock.lap(5, 110) == {'step_seconds': 2, 'tokens_per_second': 10}
 
 
+def test_the_peak_is_that_of_the_planners_devices():
+  for kind, peak in (
+    ('NVIDIA H800', 989.5e12),
+    ('NVIDIA H100 80GB HBM3', 989.5e12),
+    ('NVIDIA A100-SXM4-80GB', 312e12),
+    ('cpu', None),
+  ):
+    device = types.SimpleNamespace(device_kind=kind)
+    assert throughput.peak_flops(device) == peak, kind
+
+
 def test_a_run_keeps_its_tokenizer(tmp_path):
   def train(text):
     return tokenizer.Tokenizer.train([text], 300)

@@ -6,14 +6,18 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-# Dense BF16 matmul peak in FLOP/s, from NVIDIA's data sheets; by the part of
-# `device_kind` that names the chip.
-_PEAKS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}
+from deepseek_jax.planner import devices
+
+# Dense BF16 matmul peak in FLOP/s, by the part of `device_kind` that names the
+# chip; of the A100, which nothing is planned for, from its data sheet.
+_PEAKS = {name: device.bf16 for name, device in devices.DEVICES.items()}
+_PEAKS['a100'] = 312e12
 
 
 def peak_flops(device: jax.Device) -> float | None:
   """Dense BF16 FLOP/s of a device; None where it is not known."""
-  found = [v for name, v in _PEAKS.items() if name in device.device_kind]
+  kind = device.device_kind.lower()
+  found = [peak for name, peak in _PEAKS.items() if name in kind]
   return found[0] if found else None
 
 
