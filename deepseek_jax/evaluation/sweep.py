@@ -183,8 +183,9 @@ def measure(records: Sequence[dict[str, Any]]) -> dict[str, float]:
   Over the last fifth of the records: the mean 'loss'; the mean over steps and
   layers of 'max_vio', that of one batch; 'max_vio_global', of the loads summed
   over these steps, which is what remains when the batches' own differences
-  average out (loss-free balancing paper, section 4.1).  'tokens_per_second' is
-  the median of all.
+  average out.  The loss-free balancing paper's MaxVio global (section 4.1) is
+  of the validation set instead; here the bias moves between the batches.
+  'tokens_per_second' is the median of all.
   """
   evaluated = [r for r in records if 'val_loss' in r]
   results = {k: v for k, v in evaluated[-1].items() if k.startswith('val_')}

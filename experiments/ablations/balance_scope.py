@@ -7,7 +7,7 @@ auxiliary loss 2.258, batch-wise 2.253, auxiliary-loss-free 2.253.
 
 Mean±standard error of three seeds, 2026-11-22, two CPU cores:
 
-| arm | seeds | val loss | vs first | MaxVio batch | MaxVio global |
+| arm | seeds | val loss | vs first | MaxVio batch | MaxVio summed |
 | --- | ---: | ---: | ---: | ---: | ---: |
 | sequence-wise | 3 | 4.5577±0.0478 | – | 0.91±0.06 | 0.83±0.08 |
 | batch-wise | 3 | 4.5644±0.0509 | +0.0067±0.0039 | 0.80±0.04 | 0.71±0.07 |
