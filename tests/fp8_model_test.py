@@ -136,6 +136,20 @@ def _round(tensor, array):
   return tensor.to_jax(fp8.dequantise(codes, scales, np.float32))
 
 
+def _float32_products(jaxpr):
+  """(shapes of operands and result, precision) in a jaxpr and all within."""
+  found = []
+  for eqn in jaxpr.eqns:
+    arrays = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+    if eqn.primitive.name == 'dot_general' and all(
+      a.dtype == jnp.float32 for a in arrays
+    ):
+      found.append(({a.shape for a in arrays}, eqn.params['precision']))
+    for inner in jex.jaxprs_in_params(eqn.params):
+      found += _float32_products(inner)
+  return found
+
+
 def _with_names(jaxpr):
   """Name -> dtypes of the arrays that carry it, in a jaxpr and all within."""
   found = {}
@@ -257,6 +271,30 @@ class MapTest(parameterized.TestCase):
       'routing': {'float32', 'int32'},
     }
     self.assertEqual(found, expected)
+
+  @parameterized.parameters(True, False)
+  def test_float32_products_are_of_float32(self, enabled):
+    """The gate's three, and those of FP8: the default is TF32 on a Hopper."""
+    fp8_config = dataclasses.replace(_FP8, enabled=enabled)
+    config = dataclasses.replace(presets.tiny().model, n_dense_layers=0)
+    block = Block(config, True, config_lib.PrecisionConfig(fp8=fp8_config))
+    x = jnp.zeros((1, 8, config.dim), jnp.bfloat16)
+    ids, mask = jnp.zeros((1, 8), jnp.int32), jnp.ones((1, 8))
+    variables = nn.unbox(
+      jax.eval_shape(block.init, jax.random.key(0), x, ids, None, mask)
+    )
+
+    def loss(variables, x):
+      y, stats = block.apply(variables, x, ids, None, mask)
+      return y.sum().astype('f4') + stats.balance_loss
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(variables, x).jaxpr
+    found = _float32_products(jaxpr)
+    if not enabled:
+      self.assertLen(found, 3)
+    for shapes, precision in found:
+      highest = (jax.lax.Precision.HIGHEST,) * 2
+      self.assertEqual(precision, highest, shapes)
 
   @parameterized.parameters(
     ('fmt', 'e5m2'),

@@ -135,7 +135,9 @@ class MoE(nn.Module):
     gate_DE = self.param('gate', init, (c.dim, E), jnp.float32)
     bias = self.variable('router_state', 'bias', jnp.zeros, (E,), jnp.float32)
     x_TD = x_BTD.reshape(-1, c.dim).astype(jnp.float32)
-    logits = (x_TD @ gate_DE).reshape(*x_BTD.shape[:-1], E)
+    # By default float32 products are TF32 on Ampere and Hopper.
+    logits = jnp.matmul(x_TD, gate_DE, precision=jax.lax.Precision.HIGHEST)
+    logits = logits.reshape(*x_BTD.shape[:-1], E)
     logits = checkpoint_name(logits, 'routing')
     route = routing.route(logits, bias.value, c.moe)
     ids = checkpoint_name(route.expert_ids_TK, 'routing')
