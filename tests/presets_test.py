@@ -148,6 +148,24 @@ class PresetTest(parameterized.TestCase):
       # The loss-free paper rounds: its 1B saw 40,000 steps, "100B" tokens.
       self.assertBetween(config.train.steps * a_step / tokens, 0.94, 1.01)
 
+  @parameterized.parameters(
+    ('deepseek_v2', 2.4e-4, 'v2', '0.003', 9216, 2304, 225 / 8100),
+    ('deepseek_v2_lite', 4.2e-4, 'v2_lite', '0.001', 4608, 0, None),
+  )
+  def test_published_settings_of_v2(
+    self, name, lr, schedule, alpha, batch, start, ramp
+  ):
+    """V2 section 3.1 and appendix B: what is trained, beside the shapes."""
+    config = presets.PRESETS[name]()
+    optim, data = config.optim, config.data
+    self.assertEqual((optim.lr, optim.schedule), (lr, schedule))
+    self.assertEqual((optim.warmup_steps, optim.alpha), (2000, alpha))
+    self.assertEqual((data.batch_size, data.batch_size_start), (batch, start))
+    if ramp:
+      self.assertEqual(data.batch_ramp_fraction, ramp)
+    self.assertEqual((optim.gamma, optim.mtp_weight), ('0', '0'))
+    self.assertEqual((data.seq_len, config.model.n_mtp_layers), (4096, 0))
+
 
 class RefusalTest(parameterized.TestCase):
   @parameterized.parameters(
