@@ -76,10 +76,6 @@ def _can_go_on(workdir):
   return saved and rows and rows[-1]['step'] > min(saved)
 
 
-def _losses(workdir):
-  return {row['step']: row['loss'] for row in metrics.read(workdir)}
-
-
 @pytest.mark.slow
 def test_a_killed_process_ends_the_run_which_then_goes_on(start, tmp_path):
   workdir = tmp_path / 'run'
@@ -121,10 +117,13 @@ def test_a_killed_process_ends_the_run_which_then_goes_on(start, tmp_path):
 def _check_one_device_is_the_same(start, workdir, one):
   status, text = start(*_TRAIN, f'--workdir={one}').finish()
   assert status == 0, text
-  for step, loss in list(_losses(one).items())[:10]:
-    tolerances.assert_close(
-      _losses(workdir)[step], loss, tolerances.COMPONENT_PARITY, f'step {step}'
-    )
+  pairs = zip(metrics.read(workdir)[:10], metrics.read(one))
+  for row, full in (without_speeds(pair) for pair in pairs):
+    # A choice may fall on a tie.
+    assert np.abs(np.subtract(row.pop('load'), full.pop('load'))).max() <= 1
+    del row['max_vio'], full['max_vio']
+    assert {'loss', 'grad_norm', 'param_norm', 'bias_max'} < set(row)
+    tolerances.assert_close(row, full, tolerances.COMPONENT_PARITY)
 
 
 def _check_another_layout_goes_on(start, workdir):
