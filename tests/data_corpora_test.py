@@ -66,10 +66,32 @@ class CorporaTest(parameterized.TestCase):
     expected = [('c.txt', 'c'), ('d/a/b.txt', 'b')]
     self.assertEqual(read(here), expected)
     self.assertEqual(read(here / '**/*.txt'), expected)
-    (self.dir / 'elsewhere/a/up').symlink_to(self.dir / 'elsewhere')
-    for source in here, here / '**/*.txt':
-      with self.assertRaisesRegex(ValueError, 'the link .*up leads to'):
+    up = self.dir / 'elsewhere/a/up'
+    up.symlink_to(self.dir / 'elsewhere')
+    self.check_is_refused(here, 'd/a.* and .*d/a/up/a are|d and .*d/a/up are')
+    up.unlink()
+    (here / 'e.txt').symlink_to('d/a/b.txt')
+    self.check_is_refused(here, 'the link .*e.txt leads to .*d/a/b.txt')
+
+  def check_is_refused(self, folder, message):
+    for source in folder, folder / '**/*.txt':
+      with self.assertRaisesRegex(ValueError, message):
         read(source)
+
+  def test_what_two_links_or_a_sibling_show_twice_is_refused(self):
+    self.write('data/v3/a.txt', 'a')
+    (self.dir / 'data/latest').symlink_to('v3')
+    data = self.dir / 'data'
+    self.check_is_refused(data, '/(latest|v3) and .*/(latest|v3) are one')
+    for name in 'latest', 'v3':  # Each alone is read.
+      self.assertEqual(read(data / name), [('a.txt', 'a')])
+      self.assertEqual(read(data / f'{name[:2]}*/*'), [(f'{name}/a.txt', 'a')])
+    self.write('b/b/b.txt', 'b')
+    self.write('b/a/a.txt', 'a')
+    (self.dir / 'b/a/l').symlink_to('../b')
+    (self.dir / 'b/b/m').symlink_to('../a')
+    self.check_is_refused(self.dir / 'b', 'are one directory')
+    self.check_is_refused(self.dir / 'b/a', 'a and .*a/l/m are one directory')
 
   def test_tables(self):
     table = pa.table({'id': range(4), 'text': TEXTS})

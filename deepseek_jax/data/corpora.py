@@ -49,13 +49,14 @@ def find_files(config: config_lib.DataConfig) -> dict[str, pathlib.Path]:
 
   Raises:
     ValueError: no file matches, a saved dataset holds several splits, or a link
-      leads to a directory that it lies in.
+      leads to what is read without it.
   """
   if config.source == 'stdlib':
     root = pathlib.Path(sysconfig.get_path('stdlib'))
     found = _walk(root, _STDLIB_SUFFIXES, _STDLIB_SKIPPED)
   else:
     root, found = _find_users(os.path.expanduser(config.source))
+    _check_links(found)
   if not found:
     raise ValueError(
       f'data.source={config.source!r}: no file found; give a file, a glob, '
@@ -111,25 +112,24 @@ def _find_users(source: str) -> tuple[pathlib.Path, list[pathlib.Path]]:
     return path, _walk(path, (*_READERS, *TEXT_SUFFIXES), set())
   parts = path.parts
   fixed = next((i for i, p in enumerate(parts) if glob.has_magic(p)), 0)
-  root, checked, found = pathlib.Path(*parts[:fixed]), set(), []
+  found, checked, seen = [], set(), {}
   for path in map(pathlib.Path, glob.iglob(source, recursive=True)):
-    for folder in path.relative_to(root).parents:
-      if folder not in checked:
-        checked.add(folder)
-        _check_no_loop(root / folder, root)
     if path.is_file():
       found.append(path)
-  return root, sorted(found)
+      if path.parent not in checked:
+        checked.add(path.parent)
+        _check_once(path.parent, seen)
+  return pathlib.Path(*parts[:fixed]), sorted(found)
 
 
 def _walk(
   root: pathlib.Path, suffixes: tuple[str, ...], skipped: set[str]
 ) -> list[pathlib.Path]:
   """Files below `root` with these suffixes, sorted; none that are hidden."""
-  found = []
+  found, seen = [], {}
   for folder, folders, files in os.walk(root, followlinks=True):
-    _check_no_loop(pathlib.Path(folder), root)
-    folders[:] = [f for f in folders if f[0] != '.' and f not in skipped]
+    _check_once(pathlib.Path(folder), seen)
+    folders[:] = sorted(f for f in folders if f[0] != '.' and f not in skipped)
     found += [
       pathlib.Path(folder, f)
       for f in files
@@ -138,16 +138,33 @@ def _walk(
   return sorted(found)
 
 
-def _check_no_loop(folder: pathlib.Path, root: pathlib.Path) -> None:
-  """Refuses a link to a directory around it: one would go round for ever."""
-  if folder == root or not folder.is_symlink():
-    return
-  target, inside = folder.resolve(), folder.parent.resolve()
-  if target == inside or target in inside.parents:
+def _check_once(
+  folder: pathlib.Path, seen: dict[pathlib.Path, pathlib.Path]
+) -> None:
+  """Refuses a directory that is among those `seen`, which it joins.
+
+  By a link one comes twice, or for ever if the link leads to one around it.
+  """
+  first = seen.setdefault(folder.resolve(), folder)
+  if first != folder:
     raise ValueError(
-      f'data.source: the link {folder} leads to {target}, which it lies in; '
-      f'remove it, or name what is to be read in {root}'
+      f'data.source: {first} and {folder} are one directory, which would be '
+      'read twice; remove the link between them, or name what is to be read'
     )
+
+
+def _check_links(found: list[pathlib.Path]) -> None:
+  """Refuses a link to a file that is itself among `found`."""
+  links = [path for path in found if path.is_symlink()]
+  if not links:
+    return
+  files = {path.resolve(): path for path in found if not path.is_symlink()}
+  for link in links:
+    if (file := files.get(link.resolve())) is not None:
+      raise ValueError(
+        f'data.source: the link {link} leads to {file}, which would be read '
+        'twice; remove the link, or name what is to be read'
+      )
 
 
 def _check_text(where: str, text: str) -> None:
