@@ -609,13 +609,15 @@ class Config:
 
   def __post_init__(self):
     micro, batch = self.micro_batch_size, self.data.batch_size
+    given, n = self.train.micro_batch_size, self.parallel.microbatches
+    cut = f'cuts into parts of {micro}, which ' if n and not given else ''
     for name in ('batch_size', 'batch_size_start'):
       value = getattr(self.data, name)
       _require(
         value % micro == 0,
-        'train.micro_batch_size',
-        self.train.micro_batch_size,
-        f'must divide data.{name}={value}; set it to a common divisor',
+        'parallel.microbatches' if cut else 'train.micro_batch_size',
+        n if cut else given,
+        f'{cut}must divide data.{name}={value}; set it to a common divisor',
       )
     moe = self.model.moe
     batch_wise = moe.n_routed_experts and moe.aux_loss == 'batch'
@@ -722,26 +724,36 @@ class Config:
     )
     if parallel.stage > 1:
       require_even_ranks(parallel.schedule, 'parallel.stage', parallel.stage)
-      self._check_microbatches('batch_size')
-      self._check_microbatches('batch_size_start')
+      self._check_microbatches()
       self._check_stage_layers()
 
-  def _check_microbatches(self, name):
-    parallel, batch = self.parallel, getattr(self.data, name)
-    shards, count = parallel.n_batch_shards, batch // self.micro_batch_size
+  def _check_microbatches(self):
+    """The first and the last batch have as many as the pipeline needs."""
+    parallel, micro = self.parallel, self.micro_batch_size
+    given, last = self.train.micro_batch_size, self.data.batch_size
+    first, shards = self.data.batch_size_start or last, parallel.n_batch_shards
 
     def nearest(n):
       return microbatches_for(parallel.schedule, parallel.stage, n)
 
-    own = _divisors(batch // shards)
-    _require(
-      batch == 0 or count == nearest(count)[0],
-      'parallel.microbatches',
-      count,
-      f'{nearest(count)[1]}; the nearest is {nearest(count)[0]}, and data.'
-      f'{name}={batch} on {shards} shards allows '
-      f'{[n for n in own if n == nearest(n)[0]] or "none"}',
-    )
+    def fits(size):
+      return all(b // size == nearest(b // size)[0] for b in (first, last))
+
+    sizes = [s * shards for s in _divisors(math.gcd(first, last) // shards)]
+    sizes = [size for size in sizes if fits(size)]
+    allowed = sizes if given else [last // size for size in reversed(sizes)]
+    ramp = f' from data.batch_size_start={first}' if first != last else ''
+    for name, batch in ('batch_size', last), ('batch_size_start', first):
+      count, (wanted, needs) = batch // micro, nearest(batch // micro)
+      _require(
+        count == wanted,
+        'train.micro_batch_size' if given else 'parallel.microbatches',
+        given or last // micro,
+        f'gives data.{name}={batch} {count} micro-batches, and {needs}; the '
+        f'nearest is {wanted}, as {wanted * micro} sequences would have, and '
+        f'data.batch_size={last}{ramp} on {shards} shards allows '
+        f'{allowed or "none"}',
+      )
 
   def _check_stage_layers(self):
     parallel, sizes = self.parallel, self.parallel.stage_sizes

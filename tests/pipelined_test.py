@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+import re
 import tempfile
 
 import flax.linen as nn
@@ -396,20 +398,46 @@ class ConfigTest(parameterized.TestCase):
   def test_refuses_micro_batches_that_do_not_fit(self, name, ranks, n, message):
     base = {'data.batch_size': 16, 'parallel.schedule': name}
     base['parallel.stage'] = ranks
-    for given in (
-      {'parallel.microbatches': n},
-      {'train.micro_batch_size': 16 // n},
+    given = {'parallel.microbatches': n}
+    with self.assertRaisesRegex(
+      ValueError, f'^parallel.microbatches={n}: .*{message}'
     ):
-      with self.assertRaisesRegex(
-        ValueError, f'^parallel.microbatches={n}: .*{message}'
-      ):
-        config_lib.replace(presets.tiny(), base | given)
+      config_lib.replace(presets.tiny(), base | given)
+    given = {'train.micro_batch_size': 16 // n}
+    message = re.sub(r',? ?\\\[.*', '', message)  # Sizes, not their numbers.
+    with self.assertRaisesRegex(
+      ValueError, f'^train.micro_batch_size={16 // n}: .*{message}'
+    ):
+      config_lib.replace(presets.tiny(), base | given)
+
+  @parameterized.parameters(
+    ('train.micro_batch_size', 128, '[16, 32, 48, 64, 96]'),
+    ('parallel.microbatches', 120, '[160, 240, 320, 480, 960]'),
+  )
+  def test_suggests_what_fits_the_whole_ramp(self, name, value, allowed):
+    base = {'parallel.stage': 16, 'parallel.data': 16}
+    base['train.micro_batch_size'] = 0
+
+    def make(more):
+      return config_lib.replace(presets.deepseek_v3(), base | more)
+
+    with self.assertRaises(ValueError) as raised:
+      make({name: value})
+    message = str(raised.exception)
+    self.assertStartsWith(message, f'{name}={value}: gives data.batch_size_st')
+    self.assertEndsWith(message, f'on 16 shards allows {allowed}')
+    self.assertIn('32, as 4096 sequences', message)
+    make({name: value, 'data.batch_size_start': 4096})
+    for other in json.loads(allowed):
+      make({name: other})
+    with self.assertRaisesRegex(ValueError, '^parallel.microbatches=32: .*480'):
+      make({'parallel.microbatches': 32})
 
   @parameterized.parameters(
     ({'parallel.stage': 3}, r'parallel.stage=3: .* nearest are 2 and 4'),
     (
       {'data.batch_size_start': 2},
-      r'batches=1: .*data.batch_size_start=2 .*no',
+      r'batches=4: .*data.batch_size_start=2 .*no',
     ),
     ({'parallel.expert': 2}, r'batches=1: .*size=8 on 2 shards allows \[4\]'),
   )
