@@ -266,6 +266,8 @@ class ConfigTest(parameterized.TestCase):
     ({'hidden_size': 0}, 'model.dim'),
     ({'hidden_size': '64'}, 'model.dim'),
     ({'rope_scaling': {'type': 'linear', 'factor': 2}}, 'rope_scaling.type'),
+    ({'rope_scaling': 'x'}, "rope_scaling='x': must be an object"),
+    ({'rope_scaling': None, 'rope_parameters': [1]}, 'rope_parameters=.1'),
     ({'rope_interleave': False}, 'rope_interleave=False'),
     ({'rope_scaling.mscale_all_dim': 0.5}, 'mscale_all_dim=0.5'),
     ({'rope_scaling.mscale_all_dim': None}, 'mscale_all_dim=None'),

@@ -244,7 +244,9 @@ def _check_fixed(hf, is_v3):
 
 def _rope_leaves(hf):
   """`rope_scaling` and `rope_theta`, or transformers 5's `rope_parameters`."""
-  rope = hf.get('rope_scaling') or hf.get('rope_parameters') or {}
+  key = 'rope_scaling' if hf.get('rope_scaling') else 'rope_parameters'
+  rope = hf.get(key) or {}
+  _require(isinstance(rope, dict), key, rope, 'must be an object or null')
   theta = rope.get('rope_theta', hf.get('rope_theta', 10000.0))
   _require_number('rope_theta', theta)
   kind = rope.get('rope_type', rope.get('type', 'default'))
