@@ -19,6 +19,7 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
 from deepseek_jax import config as config_lib
 from deepseek_jax import convert, presets
+from deepseek_jax.convert import hf as hf_lib
 from deepseek_jax.convert import hf_config, run
 from deepseek_jax.data import tokenizer as tokenizer_lib
 from deepseek_jax.models import deepseek
@@ -242,9 +243,28 @@ class WorkdirTest(support.FolderTestCase):
     run.convert(out, self.folder / 'jax', 'jax')
     run.convert(self.folder / 'jax', self.folder / 'back', 'hf')
     self.assertEqual(hf_config.read(self.folder / 'back' / 'config.json'), hf)
-    (src / 'tokenizer_config.json').write_text('{"eos_token": "<end>"}')
+    about = src / 'tokenizer_config.json'
+    about.write_text('{"eos_token": "<end>"}')
     with self.assertRaisesRegex(ValueError, "_token='<.*>' is no token of"):
       run.plan(src, 'hf')
+
+  def test_an_older_run_says_which_tokens_are_to_be_named(self):
+    origin = self.folder / 'old'
+    origin.mkdir()
+    _other_tokenizer().save(origin / 'tokenizer.json')
+    about = origin / 'tokenizer_config.json'
+    for verb, text in ('write', ''), ('put into', '{"eos_token": "</s>"}'):
+      about.unlink(missing_ok=True)
+      if text:
+        about.write_text(text)
+      with self.assertRaises(ValueError) as raised:
+        hf_lib.released_config(support.model('v3'), None, origin)
+      message = str(raised.exception)
+      self.assertIn(f'tokenizer.json; {verb} {about} {{"bos_token": ', message)
+      self.assertEndsWith(message, 'among <s> </s>')
+    about.write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    ids = hf_lib.released_config(support.model('v3'), None, origin)
+    self.assertEqual((ids['bos_token_id'], ids['eos_token_id']), (256, 257))
 
   def test_a_run_without_ema_or_checkpoint(self):
     config, variables, _ = self._train()

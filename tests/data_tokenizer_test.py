@@ -82,6 +82,13 @@ class TokenizerTest(parameterized.TestCase):
     loaded = tokenizer_lib.Tokenizer.load(path)
     for text in NASTY + TEXTS:
       np.testing.assert_array_equal(loaded.encode(text), tokenizer.encode(text))
+    about = path.with_name('tokenizer_config.json')
+    self.assertEqual(
+      json.loads(about.read_text())['eos_token'], tokenizer_lib.EOS
+    )
+    about.write_text('{"chat_template": "x"}')
+    tokenizer.save(path)
+    self.assertEqual(about.read_text(), '{"chat_template": "x"}')
 
   def test_fits_model(self):
     tokenizer = trained()

@@ -361,6 +361,7 @@ def _token_ids(origin):
   except Exception as error:  # `tokenizers` raises bare Exception.
     raise ValueError(f'{path} is no tokenizer.json: {error}') from None
   named = _AROUND | (hf_config.read(about) if about.exists() else {})
+  added = tokenizer.get_added_tokens_decoder()
   ids = {}
   for key in _AROUND:
     token = named[key]
@@ -368,8 +369,11 @@ def _token_ids(origin):
     ids[f'{key}_id'] = None if token is None else tokenizer.token_to_id(token)
     if token is not None and ids[f'{key}_id'] is None:
       raise ValueError(
-        f'{about}: {key}={token!r} is no token of {path.name}; name the one '
-        'there that stands around a text'
+        f'{key}={token!r} is no token of {path}; '
+        f'{"put into" if about.exists() else "write"} {about} '
+        '{"bos_token": "A", "eos_token": "B"}, where A and B are the tokens '
+        'before and after a text, among '
+        f'{" ".join([str(added[i].content) for i in sorted(added)[:20]])}'
       )
   return ids
 

@@ -145,14 +145,17 @@ class Tokenizer:
     """Writes a tokenizer.json that `load` and `transformers` read.
 
     The latter takes the names of the tokens around a text from
-    tokenizer_config.json, which is written beside it.
+    tokenizer_config.json, which is written beside it unless one is there: it
+    may hold a chat template.
     """
     ids = {'bos_token': self.bos_id, 'eos_token': self.eos_id}
     about = {key: self._inner.id_to_token(i) for key, i in ids.items()}
     about['tokenizer_class'] = 'PreTrainedTokenizerFast'
     text = json.dumps(about, indent=2, ensure_ascii=False) + '\n'
     path = pathlib.Path(path)
-    path.with_name('tokenizer_config.json').write_text(text, encoding='utf-8')
+    about_path = path.with_name('tokenizer_config.json')
+    if not about_path.exists():
+      about_path.write_text(text, encoding='utf-8')
     self._inner.save(str(path))
 
   def encode(self, text: str) -> np.ndarray:
