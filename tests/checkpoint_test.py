@@ -249,6 +249,8 @@ class DamageTest(parameterized.TestCase):
     (OSError(5, 'Input/output error'),),
     (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory'),),
     (ValueError('UNAVAILABLE: no answer'),),
+    (ValueError("UNKNOWN: Error reading local file: [os_error_code='116']"),),
+    (RuntimeError("can't start new thread"),),
   )
   def test_what_shows_no_damage_moves_nothing(self, error):
     _save(self.workdir, [1, 2])

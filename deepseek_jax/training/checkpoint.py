@@ -37,13 +37,18 @@ _FIXED = (
   'precision.nu_dtype',
   'precision.fp8.amax_history',
 )
-# Of tensorstore's errors, which are all `ValueError`.
+# Of tensorstore's errors, which are all `ValueError`: those of the system (of a
+# disk that does not answer), but for a file that is not there.
 _PASSING = (
   'RESOURCE_EXHAUSTED',
   'UNAVAILABLE',
   'PERMISSION_DENIED',
   'DEADLINE_EXCEEDED',
+  'ABORTED',
+  'CANCELLED',
+  'os_error_code=',
 )
+_MISSING = 'NOT_FOUND'
 
 
 @contextlib.contextmanager
@@ -340,8 +345,10 @@ def _shows_damage(error):
   """Whether it is about what is stored, not about reading it here and now."""
   if isinstance(error, OSError):
     return isinstance(error, (FileNotFoundError, NotADirectoryError))
-  passing = isinstance(error, (MemoryError, jax.errors.JaxRuntimeError))
-  return not passing and not any(word in str(error) for word in _PASSING)
+  if isinstance(error, (MemoryError, RuntimeError, ImportError)):
+    return False
+  text = str(error)
+  return text.startswith(_MISSING) or not any(w in text for w in _PASSING)
 
 
 def _read_as_saved(manager, step, item, shardings):
