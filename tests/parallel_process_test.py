@@ -166,7 +166,8 @@ changes = {f'parallel.{name}': value for name, value in changes.items()}
 here = config.replace(presets.tiny(), changes)
 process.join(here.parallel)
 try:
-  process.check_config(config.replace(here, {'train.seed': int(i)}))
+  seed = {'train.seed': int(i)}
+  process.check_flags(workdir, config.leaves(config.replace(here, seed)))
 except ValueError as error:
   print(error, flush=True)
 load = pipeline.load

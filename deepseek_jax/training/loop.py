@@ -75,7 +75,8 @@ def train(
     layout = step_lib.make_layout(model, config)
     if process.is_first():
       stack.enter_context(checkpoint.lock(workdir))
-    process.check_config(config)  # With the lock, or not at all.
+    leaves = config_lib.leaves(config)
+    process.check_flags(str(workdir), leaves)  # With the lock, or not at all.
     _announce(config, workdir, base, model, layout)
     saver = stack.enter_context(checkpoint.Checkpointer(workdir, config))
     tx = optimizer.adamw(config.optim, config.precision)

@@ -27,7 +27,7 @@ _HEARTBEAT_SECONDS = 20
 _PATIENCE_SECONDS = 15
 _MEETING_SECONDS = 300
 # Within it all say what is wrong, where something is wrong for all.
-_LAST_WORD_SECONDS = 2
+_LAST_WORD_SECONDS = 5
 # The first process draws plots while the others wait to leave.
 _SHUTDOWN_SECONDS = 3600
 
@@ -171,11 +171,16 @@ def check_same(values: Mapping[str, Any]) -> None:
     raise ValueError('; '.join(problems) + '; start all with the same')
 
 
-def check_config(config: config_lib.Config) -> None:
-  """`check_same` of every leaf but those by which processes meet."""
-  leaves = config_lib.leaves(config).items()
+def check_flags(workdir: str, leaves: Mapping[str, Any]) -> None:
+  """`check_same` of flags, but for those by which processes meet.
+
+  Args:
+    workdir: that of the run.
+    leaves: of a config, by their full names, and other flags.
+  """
   meeting = {f'parallel.{name}' for name in MEETING}
-  check_same({name: value for name, value in leaves if name not in meeting})
+  common = {k: v for k, v in leaves.items() if k not in meeting}
+  check_same({'workdir': workdir, **common})
 
 
 @contextlib.contextmanager
@@ -191,13 +196,14 @@ def together() -> Iterator[None]:
     if jax.process_count() == 1:
       raise
     who = f'process {jax.process_index()} of {jax.process_count()}'
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    notes = ''.join(f'\n{note}' for note in getattr(error, '__notes__', ()))
+    if isinstance(error, jax.errors.JaxRuntimeError) and not notes:
       text = (
         f'{who} lost another one, whose own last lines say why.  All end; the '
         f'same command goes on from the newest checkpoint.\n{error}'
       )
     elif isinstance(error, (ValueError, FloatingPointError)):
-      text = f'{who}: {error}'
+      text = f'{who}: {error}{notes}'
     else:
       text = f'{who}:\n{traceback.format_exc()}'
     print(f'ERROR: {text}', file=sys.stderr, flush=True)

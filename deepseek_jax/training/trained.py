@@ -73,10 +73,9 @@ def load(
     ValueError: as `checkpoint.load_for_inference`, or the model and `parallel`
       do not fit one another, or other processes have other flags.
   """
-  axes, changes = dataclasses.asdict(parallel), dict(changes or {})
-  common = {k: v for k, v in axes.items() if k not in process.MEETING} | changes
-  process.check_same({'flags': sorted(common.items())})
-  changes |= {f'parallel.{name}': value for name, value in axes.items()}
+  axes = dataclasses.asdict(parallel).items()
+  changes = dict(changes or {}) | {f'parallel.{k}': v for k, v in axes}
+  process.check_flags(str(workdir), {'ema': use_ema, **changes})
 
   def made(config):
     config = config_lib.replace(config, changes)
