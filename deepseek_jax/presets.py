@@ -25,7 +25,7 @@ def deepseek_v3() -> Config:
     ),
     data=config_lib.DataConfig(batch_size_start=3072),
     optim=config_lib.OptimConfig(ema_decay=0.999),
-    train=config_lib.TrainConfig(micro_batch_size=256),
+    train=config_lib.TrainConfig(micro_batch_size=256, eval_batches=1),
   )
 
 
@@ -71,7 +71,9 @@ def deepseek_v2() -> Config:
       alpha='0.003',
       mtp_weight='0',
     ),
-    train=config_lib.TrainConfig(steps=220973, micro_batch_size=256),
+    train=config_lib.TrainConfig(
+      steps=220973, micro_batch_size=256, eval_batches=1
+    ),
   )
 
 
@@ -100,7 +102,9 @@ def deepseek_v2_lite() -> Config:
     optim=dataclasses.replace(
       base.optim, lr=4.2e-4, schedule='v2_lite', alpha='0.001'
     ),
-    train=config_lib.TrainConfig(steps=301997, micro_batch_size=256),
+    train=config_lib.TrainConfig(
+      steps=301997, micro_batch_size=256, eval_batches=1
+    ),
   )
 
 
@@ -140,7 +144,9 @@ def loss_free_1b() -> Config:
       alpha='0',
       mtp_weight='0',
     ),
-    train=config_lib.TrainConfig(steps=40000, micro_batch_size=128),
+    train=config_lib.TrainConfig(
+      steps=40000, micro_batch_size=128, eval_batches=1
+    ),
   )
 
 
@@ -161,7 +167,9 @@ def loss_free_3b() -> Config:
     optim=dataclasses.replace(
       base.optim, lr=7.8e-4, schedule='v2_lite', warmup_steps=2000
     ),
-    train=config_lib.TrainConfig(steps=56514, micro_batch_size=144),
+    train=config_lib.TrainConfig(
+      steps=56514, micro_batch_size=144, eval_batches=1
+    ),
   )
 
 
