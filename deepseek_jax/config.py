@@ -48,10 +48,10 @@ def _at_least(field: str, value: float, low: float) -> None:
 
 def _float32(field: str, value: float) -> None:
   _require(
-    value in (0, math.inf) or 1.2e-38 < abs(value) < 3.4e38,
+    value == 0 or 1.2e-38 < abs(value) < 3.4e38,
     field,
     value,
-    'float32 makes it 0 or infinite; use 0, or a size from 1.2e-38 to 3.4e38',
+    'float32 has no such number; use 0, or a size from 1.2e-38 to 3.4e38',
   )
 
 
@@ -480,8 +480,10 @@ class OptimConfig:
       _require(value > 0, p + name, value, 'use a number above 0')
     for name in ('b1', 'b2', 'ema_decay'):
       _fraction(p + name, getattr(self, name))
-    for name in ('lr', 'weight_decay', 'z_loss', 'eps', 'clip_norm'):
+    for name in ('lr', 'weight_decay', 'z_loss', 'eps'):
       _float32(p + name, getattr(self, name))
+    if self.clip_norm != math.inf:  # Of no clipping.
+      _float32(p + 'clip_norm', self.clip_norm)
     _choice(p + 'schedule', self.schedule, LR_SCHEDULES)
     for name in ('gamma', 'alpha', 'mtp_weight'):
       try:
