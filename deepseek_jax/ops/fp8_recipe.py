@@ -29,7 +29,8 @@ class Kept:
   Attributes:
     fmt: of its codes.
     scale: see `quantize.scale_of`; where it is a power of two, so is that of
-      the same numbers turned to 128 x 1, and nothing but underflow is lost.
+      the same numbers turned to 128 x 1: nothing is rounded but what the other
+      format cannot hold.
     min_amax: likewise.
   """
 
@@ -106,8 +107,9 @@ class Recipe:
     """(tile, scale) of an operand of Wgrad, along the tokens.
 
     What was kept under powers of two gets such again: only then is nothing
-    but underflow lost (V3 sections 3.3.2 and 3.3.3).  Scales of whole tensors
-    have no orientation.
+    rounded but what the operands' format cannot hold, which is underflow and,
+    of attention's output, 3 bits (V3 sections 3.3.2 and 3.3.3).  Scales of
+    whole tensors have no orientation.
 
     Args:
       kept: in which form the operand was kept or sent, if in any.
