@@ -26,7 +26,7 @@ from experiments import large_pages
 Arms = dict[str, dict[str, Any]]
 
 _COLUMNS = (
-  'val_loss,val_loss_difference,val_bpb,max_vio,max_vio_global,'
+  'val_loss,val_loss_difference,val_bpb,max_vio,max_vio_summed,'
   'tokens_per_second,parameters'
 )
 

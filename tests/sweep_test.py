@@ -206,7 +206,7 @@ class ReportTest(parameterized.TestCase):
         'val_bpb': 1.0,
         'loss': 8.5,
         'max_vio': (0.5 + 1) / 2,
-        'max_vio_global': (0 + 1) / 2,
+        'max_vio_summed': (0 + 1) / 2,
         'tokens_per_second': 104.5,
       },
     )

@@ -19,7 +19,7 @@ COLUMNS = {
   'val_mtp_1_acceptance': ('MTP accepted', '.3f'),
   'loss': ('train loss', '.4f'),
   'max_vio': ('MaxVio batch', '.2f'),
-  'max_vio_global': ('MaxVio summed', '.2f'),
+  'max_vio_summed': ('MaxVio summed', '.2f'),
   'tokens_per_second': ('tokens/s', ',.0f'),
   'parameters': ('parameters', ',.0f'),
   'active_parameters': ('active', ',.0f'),

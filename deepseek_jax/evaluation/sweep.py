@@ -181,7 +181,7 @@ def measure(records: Sequence[dict[str, Any]]) -> dict[str, float]:
   """The results of a run: its last validation, and what its end was like.
 
   Over the last fifth of the records: the mean 'loss'; the mean over steps and
-  layers of 'max_vio', that of one batch; 'max_vio_global', of the loads summed
+  layers of 'max_vio', that of one batch; 'max_vio_summed', of the loads summed
   over these steps, which is what remains when the batches' own differences
   average out.  The loss-free balancing paper's MaxVio global (section 4.1) is
   of the validation set instead; here the bias moves between the batches.
@@ -194,7 +194,7 @@ def measure(records: Sequence[dict[str, Any]]) -> dict[str, float]:
   if 'load' in tail[-1]:
     load_TLE = np.array([r['load'] for r in tail], np.float64)
     results['max_vio'] = float(metrics.max_vio(load_TLE).mean())
-    results['max_vio_global'] = float(metrics.max_vio(load_TLE.sum(0)).mean())
+    results['max_vio_summed'] = float(metrics.max_vio(load_TLE.sum(0)).mean())
   speeds = [r[_SPEED] for r in records if _SPEED in r]
   if speeds:
     results[_SPEED] = float(np.median(speeds))

@@ -34,4 +34,4 @@ ARMS = {
 }
 
 if __name__ == '__main__':
-  sweep.ablation(ARMS, 'balance', 'max_vio,max_vio_global')
+  sweep.ablation(ARMS, 'balance', 'max_vio,max_vio_summed')

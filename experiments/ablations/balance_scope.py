@@ -27,4 +27,4 @@ ARMS = {
 }
 
 if __name__ == '__main__':
-  sweep.ablation(ARMS, 'balance_scope', 'max_vio,max_vio_global')
+  sweep.ablation(ARMS, 'balance_scope', 'max_vio,max_vio_summed')
