@@ -5,7 +5,7 @@ tokens, so that tiles along the tokens end where sequences do; and one device
 takes the sequences in the portions, and in the order, in which their rows come
 together at an expert.  Then every code is the same; where experts are shared, a
 token's rows are summed in another order, which brings a code or two of
-attention's gradients to the other side of a tie.
+attention's gradients, and so of the embedding's, to the other side of a tie.
 """
 
 import functools
@@ -85,11 +85,13 @@ def _results(layout, order=tuple(range(8))):
 
 
 def _without_attention(results):
-  """(results but for attention's gradients, these)."""
+  """(results but for the gradients of attention and before it, these)."""
   report, grads, biases = results
   layers = dict(grads['moe_layers'])
-  attention = layers.pop('attn')
-  return (report, {**grads, 'moe_layers': layers}, biases), attention
+  before = {name: layers.pop(name) for name in ('attn', 'attn_norm')}
+  rest = {**grads, 'moe_layers': layers}
+  before['embed'] = rest.pop('embed')
+  return (report, rest, biases), before
 
 
 @pytest.mark.slow
@@ -129,7 +131,7 @@ class Fp8LayoutTest(parameterized.TestCase):
     self.assertEqual(4 * moved['u8'], moved['f32'])
 
   def _assert_same(self, actual, expected, rung=tolerances.COMPONENT_PARITY):
-    """`rung`: of attention's gradients."""
+    """`rung`: of the gradients of attention and before it."""
     (a_rest, a_attention), (e_rest, e_attention) = map(
       _without_attention, (actual, expected)
     )
