@@ -1,13 +1,12 @@
 """Blockwise attention against softmax(q k^T) v in float64."""
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import parameterized
 
 from deepseek_jax.ops import attention
-from tests import reference, tolerances
+from tests import jaxprs, reference, tolerances
 
 _B, _N, _H, _U = 2, 2, 6, 4
 _SCALE = 0.7
@@ -41,13 +40,6 @@ def _exact(q, k, v, dout, segments):
   dq, dk = dscores @ k, dscores.swapaxes(2, 3) @ q
   dv = probs.swapaxes(2, 3) @ dout
   return [x.swapaxes(1, 2) for x in (out, dq, dk, dv)]
-
-
-def _equations(jaxpr):
-  for eqn in jaxpr.eqns:
-    yield eqn
-    for inner in jex.jaxprs_in_params(eqn.params):
-      yield from _equations(inner)
 
 
 class AttendTest(parameterized.TestCase):
@@ -123,7 +115,7 @@ class AttendTest(parameterized.TestCase):
       return out, vjp(dout)
 
     found = {}
-    for eqn in _equations(jax.make_jaxpr(both)(*low).jaxpr):
+    for eqn, _ in jaxprs.equations(jax.make_jaxpr(both)(*low).jaxpr):
       out, name = eqn.outvars[0].aval, eqn.primitive.name
       # Only products of queries and keys, or the like, have a score's shape.
       if name != 'dot_general' or out.shape[-2:] == (length, length):

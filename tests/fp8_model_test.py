@@ -6,7 +6,6 @@ from unittest import mock
 
 import flax.linen as nn
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from deepseek_jax.models import deepseek
 from deepseek_jax.ops import quantize
 from deepseek_jax.parallel import expert
 from deepseek_jax.training import step
-from tests import tolerances
+from tests import jaxprs, tolerances
 from tests.drawn import draw
 from tests.invariance_test import HYPER, _run, make_config
 
@@ -139,27 +138,22 @@ def _round(tensor, array):
 def _float32_products(jaxpr):
   """(shapes of operands and result, precision) in a jaxpr and all within."""
   found = []
-  for eqn in jaxpr.eqns:
+  for eqn, _ in jaxprs.equations(jaxpr):
     arrays = [v.aval for v in (*eqn.invars, *eqn.outvars)]
     if eqn.primitive.name == 'dot_general' and all(
       a.dtype == jnp.float32 for a in arrays
     ):
       found.append(({a.shape for a in arrays}, eqn.params['precision']))
-    for inner in jex.jaxprs_in_params(eqn.params):
-      found += _float32_products(inner)
   return found
 
 
 def _with_names(jaxpr):
   """Name -> dtypes of the arrays that carry it, in a jaxpr and all within."""
   found = {}
-  for eqn in jaxpr.eqns:
+  for eqn, _ in jaxprs.equations(jaxpr):
     if eqn.primitive.name == 'name':
       dtypes = found.setdefault(eqn.params['name'], set())
       dtypes.add(eqn.outvars[0].aval.dtype.name)
-    for inner in jex.jaxprs_in_params(eqn.params):
-      for name, dtypes in _with_names(inner).items():
-        found.setdefault(name, set()).update(dtypes)
   return found
 
 

@@ -10,7 +10,7 @@ from absl.testing import parameterized
 
 from deepseek_jax.config import MoEConfig
 from deepseek_jax.ops import losses, routing
-from tests import reference, tolerances
+from tests import jaxprs, reference, tolerances
 
 
 def _cross_entropy(hidden, head, targets, weights, z):
@@ -107,15 +107,8 @@ class CrossEntropyTest(parameterized.TestCase):
 
 def _array_sizes(jaxpr):
   """Element counts of every intermediate, inner programs included."""
-  sizes = []
-  for equation in jaxpr.eqns:
-    sizes += [v.aval.size for v in equation.outvars]
-    for inner in jax.tree.leaves(
-      list(equation.params.values()), is_leaf=lambda x: hasattr(x, 'jaxpr')
-    ):
-      if hasattr(inner, 'jaxpr'):
-        sizes += _array_sizes(inner.jaxpr)
-  return sizes
+  found = jaxprs.equations(jaxpr)
+  return [v.aval.size for equation, _ in found for v in equation.outvars]
 
 
 def _moe(aux_loss, **changes):

@@ -22,7 +22,7 @@ from deepseek_jax.parallel import (
   split_backward,
   ticks,
 )
-from tests import tolerances
+from tests import jaxprs, tolerances
 
 _D, _V, _ROWS, _T = 16, 11, 2, 4
 _SCALE = np.float32(0.01)
@@ -205,19 +205,14 @@ def _is_vocabulary_product(eqn):
   return eqn.primitive.name == 'dot_general' and any(_V in s for s in shapes)
 
 
-def _places(jaxpr, is_counted, is_branch=False):
+def _places(jaxpr, is_counted):
   """How many such equations lie within a conditional, and without."""
-  counts = np.zeros(2, int)
-  for eqn in jaxpr.eqns:
-    counts[0 if is_branch else 1] += is_counted(eqn)
-    for sub in jax.tree.leaves(
-      eqn.params, is_leaf=lambda p: hasattr(p, 'eqns')
-    ):
-      sub = getattr(sub, 'jaxpr', sub)
-      if hasattr(sub, 'eqns'):
-        within = is_branch or eqn.primitive.name in ('cond', 'while')
-        counts += _places(sub, is_counted, within)
-  return counts
+  is_inside = [
+    not {'cond', 'while'}.isdisjoint(around)
+    for eqn, around in jaxprs.equations(jaxpr)
+    if is_counted(eqn)
+  ]
+  return sum(is_inside), len(is_inside) - sum(is_inside)
 
 
 def _bytes(shape):

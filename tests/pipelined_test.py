@@ -8,7 +8,6 @@ import tempfile
 
 import flax.linen as nn
 import jax
-import jax.extend.core as jex
 import numpy as np
 import optax
 import pytest
@@ -23,7 +22,7 @@ from deepseek_jax.training import checkpoint, optimizer, pipelined
 from deepseek_jax.training import layout as layout_lib
 from deepseek_jax.training import schedules as training_schedules
 from deepseek_jax.training import step as step_lib
-from tests import tolerances
+from tests import jaxprs, tolerances
 
 _STEPS = 3
 _SMALL = {
@@ -317,14 +316,6 @@ class CheckpointTest(parameterized.TestCase):
         self.assertEqual(parts, {tuple(whole)})
 
 
-def _scans(jaxpr):
-  for eqn in jaxpr.eqns:
-    if eqn.primitive.name == 'scan':
-      yield eqn
-    for inner in jex.jaxprs_in_params(eqn.params):
-      yield from _scans(inner)
-
-
 def _carried(eqn):
   """Bytes."""
   first = eqn.params['num_consts']
@@ -361,7 +352,9 @@ class MemoryTest(parameterized.TestCase):
     schedule = pipelined.make_schedule(config.parallel, 8)
     plan = memory.of_program(config, schedule)
     planned = plan.gradients + plan.activations + plan.deferred
-    carried = max(map(_carried, _scans(traced.jaxpr)))
+    found = jaxprs.equations(traced.jaxpr)
+    scans = (eqn for eqn, _ in found if eqn.primitive.name == 'scan')
+    carried = max(map(_carried, scans))
     self.assertBetween(carried / planned, 0.9, 1.1)
 
 
