@@ -29,12 +29,17 @@ from deepseek_jax.kernels import dispatch, mosaic
 from deepseek_jax.ops import fused_quantize
 from deepseek_jax.ops import quantize as reference
 from deepseek_jax.ops.formats import E4M3, Format
-from deepseek_jax.ops.quantize import BLOCK, MIN_AMAX, ROW_TILE, Quantized
+from deepseek_jax.ops.quantize import (
+  BLOCK,
+  MIN_AMAX,
+  MIN_SCALE,
+  ROW_TILE,
+  Quantized,
+)
 
 _ROWS = 64
 _NORM_ROWS = 2
 _MANTISSA = 2**23 - 1
-_MIN_SCALE = 2.0**-126
 # [rows, 128] with a row to a warp, and 4 neighbours to a lane.
 _ROW_TO_WARP = plgpu.Layout.TILED(
   plgpu.Tiling(((4, BLOCK), (4,))), (-3,), (-2,), -1
@@ -164,8 +169,8 @@ def scale_of(amax: jax.Array, scale: str, min_amax: float) -> jax.Array:
   """Within a kernel: `ops.quantize.scale_of` for E4M3."""
   amax = jnp.maximum(amax, min_amax)
   if scale == 'floor':
-    return jnp.maximum(_power_of_two(amax, 0) / 256.0, _MIN_SCALE)
-  scales = jnp.maximum(amax / E4M3.max, _MIN_SCALE)
+    return jnp.maximum(_power_of_two(amax, 0) / 256.0, MIN_SCALE)
+  scales = jnp.maximum(amax / E4M3.max, MIN_SCALE)
   return scales if scale == 'float32' else _power_of_two(scales, _MANTISSA)
 
 

@@ -30,7 +30,7 @@ MIN_AMAX = 1e-4
 # Of output gradients: those of a mean over V3's 62.9M tokens lie far below.
 GRADIENT_MIN_AMAX = 0.0
 # 2^-126: normal in float32 and in E8M0, and so is its reciprocal.
-_MIN_SCALE = 2.0**-126
+MIN_SCALE = 2.0**-126
 
 
 @functools.partial(
@@ -195,7 +195,7 @@ def scale_of(
     amax = formats.floor_power_of_two(amax)
   # Else XLA multiplies by the rounded reciprocal of a constant or scalar.
   largest = jax.lax.optimization_barrier(jnp.full_like(amax, largest))
-  scales = jnp.maximum(amax / largest, _MIN_SCALE)
+  scales = jnp.maximum(amax / largest, MIN_SCALE)
   if scale in ('float32', 'floor'):
     return scales
   if scale == 'ceil':
