@@ -45,13 +45,13 @@ def sampling(
     raise ValueError(f'top_k={top_k}: use 0 (all tokens) or a count')
   if not 0 < top_p <= 1:
     raise ValueError(f'top_p={top_p}: use a probability in (0, 1]')
-  limits = jnp.finfo(jnp.float32), jnp.iinfo(jnp.int32)
+  tiny, every = jnp.finfo(jnp.float32).tiny, jnp.iinfo(jnp.int32).max
   kind = 'filtered' if top_k or top_p < 1 else 'plain'
   return Sampling(
     jnp.float32(temperature),
-    jnp.int32(min(top_k or limits[1].max, limits[1].max)),
-    jnp.float32(max(top_p, limits[0].tiny)),
-    'greedy' if temperature < limits[0].tiny else kind,
+    jnp.int32(min(top_k or every, every)),
+    jnp.float32(max(top_p, tiny)),
+    'greedy' if temperature < tiny else kind,
   )
 
 

@@ -42,12 +42,12 @@ class HostEMA:
     self._pending = collections.deque()
     self._worker = futures.ThreadPoolExecutor(1, 'ema')
 
-  def update(self, params: Any, counts: Any = True) -> None:
+  def update(self, params: Any, taken: Any = True) -> None:
     """Schedules one update; `params` may be donated as soon as this returns.
 
     Args:
       params: after a step.
-      counts: whether the step was taken, bool []; read by the worker, so that
+      taken: whether the step was taken, bool []; read by the worker, so that
         nothing waits for it here.  A step that was skipped changes nothing.
 
     Raises:
@@ -61,7 +61,7 @@ class HostEMA:
     # lives the next step cannot reuse the buffer and silently copies it.
     # device_put copies, and the runtime runs it before a later donation.
     copies = jax.device_put(params, jax.tree.map(_host_sharding, params))
-    self._pending.append(self._worker.submit(self._fold, copies, counts))
+    self._pending.append(self._worker.submit(self._fold, copies, taken))
 
   def wait(self) -> None:
     """Returns when every scheduled update is applied; raises as `update`."""
@@ -86,8 +86,8 @@ class HostEMA:
     self._pending[0].result()
     self._pending.popleft()
 
-  def _fold(self, params, counts):
-    if not bool(counts):
+  def _fold(self, params, taken):
+    if not bool(taken):
       return
     for ema, new in zip(jax.tree.leaves(self._ema), jax.tree.leaves(params)):
       ema.fold(new, self._decay)
