@@ -67,6 +67,8 @@ def _exchanges(*flags):
 
 
 _LAYERS = ('--model.n_layers=2', '--model.n_dense_layers=0')
+# They are beside every forward exchange, whoever else is.
+_NO_SHARED = '--model.moe.n_shared_experts=0'
 
 
 @pytest.mark.slow
@@ -85,14 +87,14 @@ def test_halves_hide_each_others_exchanges():
     # The last to come back has only the other half's shared experts.
     assert min(share for _, share in part) > 0.05
     assert hidden(part) > 0.7
-  # Without halves nothing is beside the forward pass's but shared experts.
-  assert min(map(hidden, _exchanges(*nodes))) == 0
+  # Without halves nothing else is beside the forward pass's.
+  assert min(map(hidden, _exchanges(*nodes, _NO_SHARED))) == 0
 
 
 @pytest.mark.slow
 def test_the_passes_of_a_pair_hide_each_others_exchanges():
   """DualPipe's (V3 figure 4), and those of a forward pass alone do not."""
-  stages = ['--parallel.stage=2', '--parallel.expert=2']
+  stages = ['--parallel.stage=2', '--parallel.expert=2', _NO_SHARED]
   parts = _exchanges(*stages, '--parallel.microbatches=4')
   least = [min(share for _, share in part) for part in sorted(parts, key=len)]
   *alone, pair = least  # 3 exchanges forwards, 3 backwards, and both.
