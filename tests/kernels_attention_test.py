@@ -179,13 +179,9 @@ def _decode_inputs(tokens):
   return q, cache, last - jnp.arange(tokens)[::-1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(('tokens', 'splits'), [(1, 1), (2, 2)])
-def test_decode(tokens, splits):
-  """Ragged lengths, rows that end within a tile; most splits have no key."""
-  q, cache, positions = _decode_inputs(tokens)
+def _assert_decodes(q, cache, positions, splits, pads):
   rows = q.reshape(2, -1, 192)
-  with mosaic.interpreted(pads=True):
+  with mosaic.interpreted(pads):
     out, lse = mla_decode._splits(rows, cache, 128, positions, _SCALE, splits)
   out = mla_decode._combine(out, lse) if splits > 1 else out[:, 0]
   expected = cached_attention.attend_latents(q, cache, 128, positions, _SCALE)
@@ -194,6 +190,25 @@ def test_decode(tokens, splits):
     expected,
     tolerances.COMPONENT_PARITY,
   )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('tokens', 'splits'), [(1, 1), (2, 2)])
+def test_decode(tokens, splits):
+  """Ragged lengths, rows that end within a tile; most splits have no key."""
+  _assert_decodes(*_decode_inputs(tokens), splits, pads=True)
+
+
+def test_decode_before_the_first_key():
+  """In no split; what is not written is NaN, and whole tiles read nothing else.
+
+  A token of the other sequence sees none either, beside one that does.
+  """
+  rng = np.random.default_rng(0)
+  q = jnp.asarray(rng.standard_normal((2, 2, 32, 192)), jnp.float32)
+  cache = jnp.asarray(rng.standard_normal((2, 64, 192)), jnp.float32)
+  positions = jnp.asarray([[-2, -1], [-1, 0]], jnp.int32)
+  _assert_decodes(q, cache, positions, 2, pads=False)
 
 
 def test_splits_combine_to_the_whole():

@@ -94,9 +94,11 @@ def attend_latents(
 def _combine(out_BZRC, lse_BZR):
   """Averages the splits' outputs by how much of the softmax each had."""
   rows = out_BZRC.shape[2]
-  weights = jax.nn.softmax(lse_BZR[..., :rows], axis=1)[..., None]
-  # A split without a key wrote nothing.
-  parts = jnp.where(weights > 0, out_BZRC.astype(jnp.float32), 0)
+  lse_BZR = lse_BZR[..., :rows]
+  weights = jax.nn.softmax(lse_BZR, axis=1)[..., None]
+  # A split without a key wrote nothing; if none had one, all weigh alike.
+  has_keys = (lse_BZR > 0.1 * _LOWEST)[..., None]
+  parts = jnp.where(has_keys, out_BZRC.astype(jnp.float32), 0)
   return (weights * parts).sum(1).astype(out_BZRC.dtype)
 
 

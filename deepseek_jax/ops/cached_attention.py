@@ -1,8 +1,8 @@
 """Attention of new tokens to a cache of earlier ones (V3 section 2.1.1).
 
-A cache has room for S positions; position j of a sequence lies in row j, and
-what lies beyond a query's own position is never read, whatever it is.  Two
-forms, as in the released code:
+A cache has room for S positions; position j of a sequence lies in row j.  What
+lies beyond a query's own position has weight zero, whatever finite number it
+is.  Two forms, as in the released code:
 
 * `attend_rows`: few queries, at a place of its own in each sequence: decoding.
   MHA, GQA and MQA hand in their keys and values, MLA, by way of
@@ -59,11 +59,11 @@ def attend_rows(
     q_BTNX: queries; N is a multiple of the n key-value heads.
     k_BSnX: the cache, the new tokens included.
     v_BSnU: likewise.
-    positions_BT: of the queries, int32.
+    positions_BT: of the queries, int32; one below 0 sees no key.
     scale: of the scores.
 
   Returns:
-    [B, T, N, U] in the dtype of `v_BSnU`.
+    [B, T, N, U] in the dtype of `v_BSnU`; zero for a query that sees no key.
   """
   B, T, N, X = q_BTNX.shape
   S, n = k_BSnX.shape[1:3]
@@ -75,9 +75,10 @@ def attend_rows(
     'BnRX,BSnX->BnRS', q_BnRX, k_BSnX, preferred_element_type=jnp.float32
   )
   visible_BTS = jnp.arange(S) <= positions_BT[..., None]
-  visible_BRS = jnp.repeat(visible_BTS, N // n, axis=1)
-  scores = jnp.where(visible_BRS[:, None], scores * scale, _NEG_INF)
-  probs = jax.nn.softmax(scores, axis=-1).astype(v_BSnU.dtype)
+  visible_BRS = jnp.repeat(visible_BTS, N // n, axis=1)[:, None]
+  scores = jnp.where(visible_BRS, scores * scale, _NEG_INF)
+  probs = jnp.where(visible_BRS, jax.nn.softmax(scores, axis=-1), 0)
+  probs = probs.astype(v_BSnU.dtype)
   out = jnp.einsum('BnRS,BSnU->BnRU', probs, v_BSnU)
   out_BnTrU = out.reshape(B, n, T, N // n, -1)
   return out_BnTrU.swapaxes(1, 2).reshape(B, T, N, -1)
