@@ -5,6 +5,7 @@ import json
 import pathlib
 import tempfile
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from absl.testing import absltest, parameterized
@@ -109,6 +110,23 @@ class CorporaTest(parameterized.TestCase):
     for path in parquet, feather:
       expected = [(f'{path.name}#{i}', t) for i, t in enumerate(TEXTS)]
       self.assertEqual(read(path), expected)
+
+  def test_memory_does_not_grow_with_the_row_groups_of_parquet(self):
+    rng = np.random.default_rng(0)
+    texts = [rng.bytes(500).hex() for _ in range(500)]
+    table, peaks = pa.table({'text': texts}), []
+    for groups in 4, 8:
+      path = self.dir / f'{groups}.parquet'
+      with pq.ParquetWriter(path, table.schema) as writer:
+        for _ in range(groups):
+          writer.write_table(table)
+      before = pa.total_allocated_bytes()
+      documents = corpora.documents(config(path))
+      held = [pa.total_allocated_bytes() for _ in documents]
+      self.assertLen(held, groups * len(texts))
+      peaks.append(max(held) - before)
+    self.assertGreater(peaks[0], 1_000_000)
+    self.assertLess(peaks[1], 1.1 * peaks[0])
 
   def write_dataset(self, folder, texts, n_files=2):
     """Writes what `datasets.Dataset.save_to_disk` writes."""

@@ -285,7 +285,8 @@ def _read_table(
 def _open_parquet(path: pathlib.Path, field: str):
   import pyarrow.parquet as pq
 
-  file = pq.ParquetFile(path)
+  # By default pyarrow keeps what it reads ahead, in the end the whole file.
+  file = pq.ParquetFile(path, pre_buffer=False)
   batches = file.iter_batches(batch_size=1024, columns=[field])
   return file.schema_arrow.names, batches
 
