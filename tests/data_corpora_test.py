@@ -59,6 +59,30 @@ class CorporaTest(parameterized.TestCase):
     path = self.write('x[1].txt', 'x')
     self.assertEqual(read(path), [('x[1].txt', 'x')])
 
+  def test_what_a_directory_has_beside_is_counted(self):
+    for name in 'a.txt', 'b/c.csv', 'd.jsonl.gz', 'e.CSV', 'README', '.hidden':
+      self.write(name, 'x')
+    self.assertEqual(read(self.dir), [('a.txt', 'x')])
+    self.assertEqual(
+      corpora.passed_over(config(self.dir)), {'.csv': 2, '.gz': 1, '': 1}
+    )
+    for source in 'stdlib', self.dir / 'a.txt', self.dir / '*':
+      self.assertEmpty(corpora.passed_over(config(source)))
+
+  @parameterized.parameters('{"step": 3}', '[]', '3', 'not JSON')
+  def test_another_programs_state_is_no_dataset(self, text):
+    self.write('state.json', text)
+    self.write('dataset_info.json', '{}')
+    self.write('a.txt', 'a')
+    self.assertEqual(read(self.dir), [('a.txt', 'a')])
+
+  def test_a_link_to_nothing_is_refused(self):
+    self.write('a.txt', 'a')
+    (self.dir / 'b.txt').symlink_to('c.txt')
+    for source in self.dir, self.dir / '*.txt':
+      with self.assertRaisesRegex(ValueError, 'link .*b.txt leads to no file'):
+        read(source)
+
   def test_links_are_followed_and_a_loop_is_refused(self):
     self.write('elsewhere/a/b.txt', 'b')
     self.write('here/c.txt', 'c')

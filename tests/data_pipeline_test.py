@@ -1,6 +1,8 @@
 """A corpus becomes the same batches everywhere, again and after a restart."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -108,6 +110,15 @@ class LoadTest(DataCase):
     self.write(make_texts(61))
     prints.add(self.load().fingerprint)
     self.assertLen(prints, 4)
+
+  def test_what_a_directory_has_beside_is_said(self):
+    folder = self.dir / 'folder'
+    folder.mkdir()
+    self.source.rename(folder / 'texts.jsonl')
+    (folder / 'table.csv').write_text('a,b')
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+      self.load(source=str(folder))
+    self.assertIn('by suffix: 1 .csv\n', said.getvalue())
 
   def test_files_alike_in_name_size_and_time_are_told_apart(self):
     """In another directory, and in the place of the first."""

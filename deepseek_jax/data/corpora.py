@@ -6,7 +6,7 @@ library found on the machine: real text, everywhere, no download) or one of
 * a file: .jsonl (a row a line), .parquet, .arrow, or else one UTF-8 text;
 * a glob of such files;
 * a directory of such files, searched recursively, links to others as well;
-* a Hugging Face dataset saved on disk: a directory with `state.json` or
+* a Hugging Face dataset saved on disk: a directory with its `state.json` or
   `dataset_info.json` and .arrow files.
 
 Rows have their text in the column `data.text_field`.  A text file larger than
@@ -14,6 +14,7 @@ Rows have their text in the column `data.text_field`.  A text file larger than
 in batches of rows, so that a file may be larger than memory.
 """
 
+import collections
 import functools
 import glob
 import json
@@ -49,7 +50,7 @@ def find_files(config: config_lib.DataConfig) -> dict[str, pathlib.Path]:
 
   Raises:
     ValueError: no file matches, a saved dataset holds several splits, or a link
-      leads to what is read without it.
+      leads to nothing, or to what is read without it.
   """
   if config.source == 'stdlib':
     root = pathlib.Path(sysconfig.get_path('stdlib'))
@@ -66,13 +67,23 @@ def find_files(config: config_lib.DataConfig) -> dict[str, pathlib.Path]:
   return {path.relative_to(root).as_posix(): path for path in found}
 
 
+def passed_over(config: config_lib.DataConfig) -> collections.Counter[str]:
+  """Files of a user's directory that are not read, counted by suffix."""
+  root = pathlib.Path(config.source).expanduser()
+  if config.source == 'stdlib' or not root.is_dir() or _saved_files(root):
+    return collections.Counter()
+  read = set(find_files(config).values())
+  others = [path for path in _walk(root, ('',), set()) if path not in read]
+  return collections.Counter(path.suffix.lower() for path in others)
+
+
 def documents(config: config_lib.DataConfig) -> Iterator[Document]:
   """Every non-empty document of `config.source` with its name, in fixed order.
 
   A text file is named by `find_files`, a piece of a large one `file#0`,
   `file#1`, ..., a row of a table likewise (JSONL counts lines, from 1).  Files
-  of the standard library that are not UTF-8 text are left out; a user's file
-  is never left out silently.
+  of the standard library that are not UTF-8 text are left out; of a user's
+  directory, those of other suffixes (`passed_over`).
 
   Raises:
     ValueError: naming file and line, row or byte: text that is not UTF-8 or
@@ -103,23 +114,31 @@ def _find_users(source: str) -> tuple[pathlib.Path, list[pathlib.Path]]:
       f'data.source={source!r}: the dataset has the splits '
       f'{", ".join(splits)}; name one, as in {path / splits[0]}'
     )
-  if (path / 'state.json').is_file():
-    state = json.loads((path / 'state.json').read_text())
-    return path, [path / data['filename'] for data in state['_data_files']]
-  if (path / 'dataset_info.json').is_file():
-    return path, sorted(path.glob('*.arrow'))
+  if saved := _saved_files(path):
+    return path, saved
   if path.is_dir():
     return path, _walk(path, (*_READERS, *TEXT_SUFFIXES), set())
   parts = path.parts
   fixed = next((i for i, p in enumerate(parts) if glob.has_magic(p)), 0)
   found, checked, seen = [], set(), {}
   for path in map(pathlib.Path, glob.iglob(source, recursive=True)):
-    if path.is_file():
+    if not path.is_dir():
       found.append(path)
       if path.parent not in checked:
         checked.add(path.parent)
         _check_once(path.parent, seen)
   return pathlib.Path(*parts[:fixed]), sorted(found)
+
+
+def _saved_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Those of a saved dataset, in its order; none if it is a plain directory."""
+  try:
+    state = json.loads((folder / 'state.json').read_bytes())
+    return [folder / data['filename'] for data in state['_data_files']]
+  except (OSError, ValueError, LookupError, TypeError):
+    pass  # Other programs, too, have a file of this name.
+  has_info = (folder / 'dataset_info.json').is_file()
+  return sorted(folder.glob('*.arrow')) if has_info else []
 
 
 def _walk(
@@ -154,12 +173,16 @@ def _check_once(
 
 
 def _check_links(found: list[pathlib.Path]) -> None:
-  """Refuses a link to a file that is itself among `found`."""
+  """Refuses a link to nothing, or to a file that is itself among `found`."""
   links = [path for path in found if path.is_symlink()]
   if not links:
     return
   files = {path.resolve(): path for path in found if not path.is_symlink()}
   for link in links:
+    if not link.exists():
+      raise ValueError(
+        f'data.source: the link {link} leads to no file; remove or mend it'
+      )
     if (file := files.get(link.resolve())) is not None:
       raise ValueError(
         f'data.source: the link {link} leads to {file}, which would be read '

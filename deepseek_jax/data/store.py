@@ -179,6 +179,12 @@ def _make(
   shutil.rmtree(partial, ignore_errors=True)  # Of a process that was killed.
   partial.mkdir()
   total = sum(p.stat().st_size for p in corpora.find_files(config).values())
+  if others := corpora.passed_over(config):
+    counts = ', '.join(f'{n} {kind or "?"}' for kind, n in others.most_common())
+    print(
+      f'data: passed over in {config.source}, by suffix: {counts}',
+      file=sys.stderr,
+    )
   if config.tokenizer:
     tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   else:
