@@ -3,6 +3,7 @@
 import json
 import pathlib
 import tempfile
+from unittest import mock
 
 import numpy as np
 import tokenizers
@@ -86,6 +87,13 @@ class TokenizerTest(parameterized.TestCase):
     self.assertEqual(
       json.loads(about.read_text())['eos_token'], tokenizer_lib.EOS
     )
+    about.unlink()
+    with (  # A kill leaves no half of a file.
+      mock.patch.object(pathlib.Path, 'replace', side_effect=OSError),
+      self.assertRaises(OSError),
+    ):
+      tokenizer.save(path)
+    self.assertFalse(about.exists())
     about.write_text('{"chat_template": "x"}')
     tokenizer.save(path)
     self.assertEqual(about.read_text(), '{"chat_template": "x"}')
@@ -181,6 +189,10 @@ class TokenizerTest(parameterized.TestCase):
 
     refused("'mine.json': not a tokenizer.json", '{"model": 1}')
     refused("'mine.json': not a tokenizer.json", 'no JSON')
+    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    (folder / 'latin.json').write_bytes(b'{"model": "\xe9"}')
+    with self.assertRaisesRegex(ValueError, "latin.json': not a tokenizer"):
+      tokenizer_lib.Tokenizer.load(folder / 'latin.json')
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({'<s>': 0}))
     refused('neither byte-level nor', words.to_str())
     bare = tokenizers.Tokenizer(tokenizers.models.BPE({'a': 0}, []))

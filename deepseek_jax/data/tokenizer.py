@@ -50,8 +50,8 @@ class Tokenizer:
     fim_ids: begin, hole and end of fill-in-the-middle; None if lacking.
   """
 
-  def __init__(self, definition: str, name: str = 'tokenizer'):
-    """Reads the text of a tokenizer.json.
+  def __init__(self, definition: str | bytes, name: str = 'tokenizer'):
+    """Reads the content of a tokenizer.json.
 
     Raises:
       ValueError: it is no tokenizer.json, its tokens cannot represent every
@@ -100,7 +100,7 @@ class Tokenizer:
         f'data.tokenizer={str(path)!r}: no such file; give a tokenizer.json, '
         'or leave it empty to train one'
       )
-    return cls(file.read_text(encoding='utf-8'), str(path))
+    return cls(file.read_bytes(), str(path))
 
   @classmethod
   def train(cls, texts: Iterable[str], vocab_size: int) -> 'Tokenizer':
@@ -154,9 +154,12 @@ class Tokenizer:
     text = json.dumps(about, indent=2, ensure_ascii=False) + '\n'
     path = pathlib.Path(path)
     about_path = path.with_name('tokenizer_config.json')
+    partial = path.with_name(f'.{path.name}')  # Renamed: never half a file.
     if not about_path.exists():
-      about_path.write_text(text, encoding='utf-8')
-    self._inner.save(str(path))
+      partial.write_text(text, encoding='utf-8')
+      partial.replace(about_path)
+    self._inner.save(str(partial))
+    partial.replace(path)
 
   def encode(self, text: str) -> np.ndarray:
     """Token ids of `text`, int32, without any special token."""

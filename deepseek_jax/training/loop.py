@@ -199,9 +199,7 @@ def _keep_tokenizer(workdir, tokenizer):
   if not process.is_first():
     return
   if not path.exists():
-    partial = workdir / '.tokenizer.json'
-    tokenizer.save(partial)
-    partial.replace(path)
+    tokenizer.save(path)
   elif not tokenizer.equals(tokenizer_lib.Tokenizer.load(path)):
     raise ValueError(
       f'{path} differs from the tokenizer that data.source now gives: the run '
