@@ -55,6 +55,11 @@ def _float32(field: str, value: float) -> None:
   )
 
 
+def _positive(field: str, value: float) -> None:
+  _require(value > 0, field, value, 'use a number above 0')
+  _float32(field, value)
+
+
 def _divisors(value: int, limit: int | None = None) -> list[int]:
   limit = value if limit is None else min(value, limit)
   return [n for n in range(1, limit + 1) if value % n == 0]
@@ -183,6 +188,8 @@ class RopeConfig:
       self.beta_fast,
       f'use more than beta_slow={self.beta_slow}, which is above 0',
     )
+    for name in ('theta', 'factor', 'beta_fast', 'beta_slow', 'mscale'):
+      _float32(f'model.rope.{name}', getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +214,7 @@ class MoEConfig:
     p = 'model.moe.'
     for name in ('n_routed_experts', 'n_shared_experts', 'capacity_factor'):
       _at_least(p + name, getattr(self, name), 0)
+    _positive(p + 'route_scale', self.route_scale)
     _choice(p + 'score_func', self.score_func, SCORE_FUNCS)
     _choice(p + 'group_score', self.group_score, GROUP_SCORES)
     _choice(p + 'balance', self.balance, BALANCES)
@@ -475,15 +483,13 @@ class OptimConfig:
     p = 'optim.'
     for name in ('lr', 'warmup_steps', 'weight_decay', 'z_loss'):
       _at_least(p + name, getattr(self, name), 0)
-    for name in ('eps', 'clip_norm'):
-      value = getattr(self, name)
-      _require(value > 0, p + name, value, 'use a number above 0')
+    _positive(p + 'eps', self.eps)
+    if self.clip_norm != math.inf:  # Of no clipping.
+      _positive(p + 'clip_norm', self.clip_norm)
     for name in ('b1', 'b2', 'ema_decay'):
       _fraction(p + name, getattr(self, name))
-    for name in ('lr', 'weight_decay', 'z_loss', 'eps'):
+    for name in ('lr', 'weight_decay', 'z_loss'):
       _float32(p + name, getattr(self, name))
-    if self.clip_norm != math.inf:  # Of no clipping.
-      _float32(p + 'clip_norm', self.clip_norm)
     _choice(p + 'schedule', self.schedule, LR_SCHEDULES)
     for name in ('gamma', 'alpha', 'mtp_weight'):
       try:
@@ -513,8 +519,12 @@ class TrainConfig:
     p = 'train.'
     for name in ('steps', 'log_every', 'eval_every', 'save_every', 'keep'):
       _at_least(p + name, getattr(self, name), 1)
-    for name in ('seed', 'micro_batch_size', 'eval_batches'):
+    for name in ('micro_batch_size', 'eval_batches'):
       _at_least(p + name, getattr(self, name), 0)
+    # JAX takes as many bits, and of more the low ones.
+    _require(
+      0 <= self.seed < 2**32, p + 'seed', self.seed, 'use 0 to 4294967295'
+    )
     _choice(p + 'remat', self.remat, REMATS)
     _choice(p + 'nonfinite', self.nonfinite, NONFINITES)
 

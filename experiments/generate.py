@@ -50,7 +50,9 @@ _TOP_P = absl_flags.DEFINE_float(
 _SPECULATIVE = absl_flags.DEFINE_integer(
   'speculative', 0, 'Tokens that MTP drafts per pass; 0: none.', lower_bound=0
 )
-_SEED = absl_flags.DEFINE_integer('seed', 0, 'Of the draws.', lower_bound=0)
+_SEED = absl_flags.DEFINE_integer(
+  'seed', 0, 'Of the draws.', lower_bound=0, upper_bound=2**32 - 1
+)
 _REDUNDANT = absl_flags.DEFINE_integer(
   'redundant_experts',
   0,
@@ -210,7 +212,10 @@ def _prompts() -> list[str]:
   path = pathlib.Path(_PROMPTS_FILE.value).expanduser()
   if not path.is_file():
     raise ValueError(f'--prompts_file={path}: no such file')
-  lines = [line for line in path.read_text('utf-8').splitlines() if line]
+  try:
+    lines = list(filter(None, path.read_text('utf-8').splitlines()))
+  except UnicodeDecodeError as error:
+    raise ValueError(f'--prompts_file={path}: not UTF-8: {error}') from None
   if not lines:
     raise ValueError(f'--prompts_file={path}: no text in it')
   return lines

@@ -204,6 +204,10 @@ def test_a_run_in_fp8_codes_is_evaluated_and_continued(swept, tmp_path):
     (['generate', '--workdir=/no/such'], 'no such directory'),
     (['generate', '--workdir=tests', '--prompt='], '--prompt is empty'),
     (
+      ['generate', '--workdir=tests', '--prompts_file=docs/losses.png'],
+      '--prompts_file=docs/losses.png: not UTF-8',
+    ),
+    (
       ['generate', '--workdir=tests', '--interactive']
       + ['--parallel.num_processes=2'],
       'several processes cannot share a terminal',

@@ -184,9 +184,14 @@ class RefusalTest(parameterized.TestCase):
     ('model.mla.q_lora_rank', -1, 'at least 0'),
     ('model.gqa.head_dim', 7, 'even'),
     ('model.rope.theta', 1.0, 'more than 1'),
+    ('model.rope.theta', float('inf'), 'float32 has no such'),
+    ('model.rope.mscale', float('nan'), 'float32 has no such'),
+    ('model.moe.route_scale', float('nan'), 'above 0'),
+    ('model.moe.route_scale', -1.0, 'above 0'),
     ('model.rope.factor', 0.5, 'at least 1'),
     ('model.rope.factor', float('nan'), 'at least 1'),
     ('model.rope.beta_fast', 0.5, 'beta_slow'),
+    ('model.rope.beta_fast', float('inf'), 'float32 has no such'),
     ('model.n_dense_layers', 9, '0 to n_layers'),
     ('model.n_mtp_layers', 32, 'data.seq_len'),
     ('model.norm_eps', 0.0, '(0, 1)'),
@@ -216,6 +221,7 @@ class RefusalTest(parameterized.TestCase):
     ('train.remat', 'half', 'selective'),
     ('train.nonfinite', 'ignore', 'stop'),
     ('train.seed', 'one', 'type int'),
+    ('train.seed', 2**32, '4294967295'),
     ('model.tie_embeddings', 1, 'type bool'),
   )
   def test_names_the_field_the_value_and_the_fix(self, field, value, fix):
