@@ -142,9 +142,24 @@ class CastTest(support.FolderTestCase):
       src = support.write(
         self.folder / 'v31', model, codes, quantization_config=quantization
       )
-      run.convert(src, self.folder / 'jax', 'jax')
+      run.convert(src, self.folder / 'bf16', 'hf', 'bf16')
+      run.convert(self.folder / 'bf16', self.folder / 'jax', 'jax')
       run.convert(self.folder / 'jax', self.folder / 'dst', 'hf', 'fp8')
-      support.assert_same(support.read(self.folder / 'dst'), codes)
+      dense = support.read(self.folder / 'bf16')
+      # A block whose largest code is 224 has half the scale now.
+      again = {
+        n: x
+        for t in names.tensors(model)
+        if t.is_linear
+        for n, x in zip((t.name, t.scale.name), _official(dense[t.name], True))
+      }
+      support.assert_same(support.read(self.folder / 'dst'), codes | again)
+      for other, has_key in (('bf16', False), ('dst', True)):
+        hf = json.loads((self.folder / other / 'config.json').read_text())
+        self.assertEqual(
+          hf.get('quantization_config'), quantization if has_key else None
+        )
+      self.assertEqual(hf, json.loads((src / 'config.json').read_text()))
       return
     self.assertNotIn('quantization_config', hf)
     run.convert(src, self.folder / 'jax', 'jax', 'fp8')

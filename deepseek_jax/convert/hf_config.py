@@ -56,6 +56,7 @@ _FIXED = {'hidden_act': 'silu', 'attention_bias': False, 'moe_layer_freq': 1}
 _FIXED_YARN = {'truncate': True, 'partial_rotary_factor': 1}
 _V3, _V2 = 'deepseek_v3', 'deepseek_v2'
 _CLASSES = {_V3: 'DeepseekV3ForCausalLM', _V2: 'DeepseekV2ForCausalLM'}
+_OF_FP8 = 'fp8_quantization_config'  # What is to be said of the weights in FP8.
 _FP8 = {
   'activation_scheme': 'dynamic',
   'fmt': 'e4m3',
@@ -163,13 +164,18 @@ def from_model(
 
 
 def describe(hf: dict[str, Any], dtype: str, has_fp8: bool) -> dict[str, Any]:
-  """`config.json` of tensors of a dtype (of numpy's name), or FP8 and it."""
+  """`config.json` of tensors of a dtype (of numpy's name), or FP8 and it.
+
+  A release's `quantization_config` goes with the codes, but is kept, for the
+  way back, under a key that nobody else reads.
+  """
   key = 'dtype' if 'dtype' in hf else 'torch_dtype'
   hf = hf | {key: dtype}
+  kept = hf.pop(_OF_FP8, _FP8)
   if has_fp8:
-    return hf | {'quantization_config': hf.get('quantization_config') or _FP8}
-  hf.pop('quantization_config', None)
-  return hf
+    return hf | {'quantization_config': hf.get('quantization_config') or kept}
+  kept = hf.pop('quantization_config', None) or kept
+  return hf | ({_OF_FP8: kept} if kept != _FP8 else {})
 
 
 def check_fp8(hf: dict[str, Any], has_fp8: bool) -> None:
@@ -179,6 +185,9 @@ def check_fp8(hf: dict[str, Any], has_fp8: bool) -> None:
     ValueError: naming the key.
   """
   found = hf.get('quantization_config')
+  for key in ('quantization_config', _OF_FP8):
+    value = hf.get(key, {})
+    _require(isinstance(value, dict | None), key, value, 'must be an object')
   if not has_fp8:
     _require(
       found is None,
@@ -204,7 +213,7 @@ def check_fp8(hf: dict[str, Any], has_fp8: bool) -> None:
 
 def is_power_of_two(hf: dict[str, Any]) -> bool:
   """Whether FP8 scales are powers of two, as from DeepSeek-V3.1 on."""
-  quantization = hf.get('quantization_config') or {}
+  quantization = hf.get('quantization_config') or hf.get(_OF_FP8, {})
   return quantization.get('scale_fmt') == 'ue8m0'
 
 
