@@ -49,7 +49,9 @@ def main() -> None:
     'keep_extra': _KEEP_EXTRA.value,
   }
   if _DRY_RUN.value:
-    made = run.plan(_SRC.value, _TO.value, _DTYPE.value, **options)
+    made = run.plan_to(
+      _DST.value, _SRC.value, _TO.value, _DTYPE.value, **options
+    )
     print(run.summary(made))
     return
   run.convert(

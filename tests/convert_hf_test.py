@@ -132,6 +132,14 @@ class RoundTripTest(support.FolderTestCase):
       self.folder / 'jax', self.folder / 'back', 'hf', keep_extra=True
     )
     support.assert_same(support.read(self.folder / 'back'), arrays)
+    config, variables = convert.load_hf(self.folder / 'jax')
+    convert.save_hf(self.folder / 'saved', config, variables)
+    support.assert_same(support.read(self.folder / 'saved'), arrays)
+    run.convert(src, self.folder / 'official', 'official', keep_extra=True)
+    for folder, name in ('jax', 'extra'), ('official', 'rest'):
+      (self.folder / folder / f'{name}.safetensors').unlink()
+      with self.assertRaisesRegex(ValueError, f'{name}.safetensors is missing'):
+        run.plan(self.folder / folder, 'hf', keep_extra=True)
 
   def test_a_checkpoint_without_its_mtp_layer(self):
     def change(arrays):

@@ -1,6 +1,7 @@
 """The official repository's shards, there and back, for several rank counts."""
 
 import json
+from unittest import mock
 
 import numpy as np
 from absl.testing import absltest, parameterized
@@ -99,6 +100,19 @@ class OfficialTest(support.FolderTestCase):
     with self.assertRaisesRegex(ValueError, f'model.*{message}.*--to=hf'):
       run.plan(src, 'official')
     run.plan(src, 'hf')
+
+  @parameterized.parameters(
+    ('sigmoid', 64, True),
+    ('sigmoid', 7168, False),
+    ('softmax', 64, False),
+  )
+  def test_a_width_by_which_its_gate_is_another_is_told(self, func, dim, told):
+    model = support.config_lib.replace(
+      support.model('v2_lite'), {'moe.score_func': func, 'dim': dim}
+    )
+    with mock.patch.object(official.logging, 'warning') as warning:
+      official.warn_of_gate(model)
+    self.assertEqual(warning.called, told)
 
   def test_powers_of_two_survive_model_args_alone(self):
     """config_v3.1.json's scale_fmt, there and back."""

@@ -22,6 +22,8 @@ from deepseek_jax.convert.safetensors_io import Spec
 
 CONFIG = 'config.json'
 KEPT_CONFIG = 'hf_config.json'  # The released one, beside a workdir's own.
+RECORD = 'conversion.json'  # What a directory was converted from.
+BESIDE = 'beside'  # In it: files of tensors that the layout has no place for.
 DTYPES = ('keep', 'bf16', 'f32', 'fp8')
 _MAX_FILE = 5_000_000_000  # Bytes of tensors in one file of several.
 EMBED = 'model.embed_tokens.weight'
@@ -77,6 +79,7 @@ def open_checkpoint(
   directory = pathlib.Path(directory).expanduser()
   if not directory.is_dir():
     raise ValueError(f'{directory}: no such directory')
+  _check_beside(directory)
   if (directory / orbax_io.CHECKPOINTS).is_dir():
     source = orbax_io.Workdir(directory, use_ema)
     kept = directory / KEPT_CONFIG
@@ -97,6 +100,18 @@ def open_checkpoint(
   if hf:
     hf_config.check_fp8(hf, has_fp8(source))
   return Checkpoint(source, config_lib.Config(model=model), hf, extra)
+
+
+def _check_beside(directory):
+  """Refuses a conversion that has lost what nothing else would miss."""
+  record = directory / RECORD
+  found = hf_config.read(record).get(BESIDE, []) if record.exists() else []
+  for name in found:
+    if not (directory / name).is_file():
+      raise ValueError(
+        f'{directory / name} is missing, though {record} says that tensors '
+        f'are in it; to do without them take it out of {BESIDE!r} there'
+      )
 
 
 def _released_config(directory):
@@ -175,7 +190,8 @@ def load_hf(
     'fp8': the collection 'scales' then has their block scales at the same
     paths, float32 [in, out] / 128, rounded up; `quantize.join_scales` makes of
     both what a `Transformer` takes.  The collection 'extra' holds an MTP
-    layer's own embedding or head where it is not the main one's.
+    layer's own embedding or head where it is not the main one's, and what a
+    conversion with --keep_extra carried along, as numpy arrays.
 
   Raises:
     ValueError: naming the file, key or tensor, if the checkpoint is not whole.
@@ -193,13 +209,13 @@ def load_hf(
       leaves[tensor.leaf][tensor.index] = tensor.to_jax(array)
     elif not source.equal(tensor.name, tensor.copy_of):
       leaves['extra', tensor.name] = source.read(tensor.name)
-  assert not rest, rest
+  leaves |= {('extra', name): source.read(name) for name in rest}
   variables = {}
   for (*path, last), array in leaves.items():
     node = variables
     for key in path:
       node = node.setdefault(key, {})
-    node[last] = jnp.asarray(array)
+    node[last] = array if path == ['extra'] else jnp.asarray(array)
   return run_config(opened, source), variables
 
 
@@ -246,7 +262,7 @@ def save_hf(
   hf = like and hf_config.read(pathlib.Path(like) / CONFIG)
   released_config(config.model, hf, like)  # Refuses before anything is written.
   tree = sources.Tree(config.model, leaves, _Arrays(extra) if extra else None)
-  unknown = check.check(tree, config.model)
+  unknown = check.check(tree, config.model, keep_extra=True)
   source = cast(Checkpoint(tree, config, hf, unknown), dtype)
   stream.write(files(source), source, directory)
   write_companions(directory, source, config.model, hf, like)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from deepseek_jax import config as config_lib
 from deepseek_jax.config import ModelConfig
@@ -67,6 +68,7 @@ _DEFAULTS = {
 # What its code does without asking.
 _FIXED = {'norm_eps': 1e-6, 'tie_embeddings': False}
 _UE8M0 = 'ue8m0'
+_DIM_WITH_BIAS = 7168
 
 
 def to_args(
@@ -76,7 +78,8 @@ def to_args(
 
   Args:
     c: the architecture.
-    is_fp8: whether weights are FP8.
+    is_fp8: whether weights are FP8; its code computes in BF16 otherwise, also
+      with weights of float32.
     is_power_of_two: whether activations' FP8 scales are powers of two.
 
   Raises:
@@ -94,6 +97,26 @@ def to_args(
   args = {name: flat[ours] for name, ours in _ARGS.items()}
   args['dtype'] = 'fp8' if is_fp8 else 'bf16'
   return args | ({'scale_fmt': _UE8M0} if is_fp8 and is_power_of_two else {})
+
+
+def warn_of_gate(c: ModelConfig) -> None:
+  """Says so where the official code would compute another router.
+
+  Its `Gate` takes the width for the sign of a V3: a bias, and groups scored by
+  their best two, if and only if `dim` is 7168.
+  """
+  is_v3 = c.moe.score_func == 'sigmoid'
+  if is_v3 != (c.dim == _DIM_WITH_BIAS):
+    logging.warning(
+      "model.dim=%d, score_func=%s: the Gate of DeepSeek's inference/model.py "
+      'has a bias, and scores groups by their best two, if and only if dim is '
+      '%d: put `%s` in place of `self.dim == %d` there first',
+      c.dim,
+      c.moe.score_func,
+      _DIM_WITH_BIAS,
+      is_v3,
+      _DIM_WITH_BIAS,
+    )
 
 
 def is_power_of_two(args: dict[str, Any]) -> bool:

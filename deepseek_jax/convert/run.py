@@ -9,7 +9,7 @@ import collections
 import math
 import pathlib
 import shutil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from deepseek_jax import config as config_lib
 from deepseek_jax.convert import (
@@ -23,7 +23,6 @@ from deepseek_jax.convert import (
 )
 
 TARGETS = ('jax', 'hf', 'official')
-RECORD = 'conversion.json'  # What a directory was converted from.
 
 
 class Plan(NamedTuple):
@@ -66,17 +65,38 @@ def convert(
     progress: show a bar with bytes per second and the time left.
 
   Raises:
-    ValueError: as `plan`; if DST is not empty, the disk is too full, or
-      `DST.partial` is of another conversion.
+    ValueError: as `plan_to`.
   """
   src, dst = (pathlib.Path(p).expanduser() for p in (src, dst))
-  _check_target(dst)
-  made = plan(src, to, dtype, use_ema=use_ema, mp=mp, keep_extra=keep_extra)
-  partial = dst.with_name(dst.name + '.partial')
+  options = {'use_ema': use_ema, 'mp': mp, 'keep_extra': keep_extra}
+  made = plan_to(dst, src, to, dtype, **options)
+  partial = _partial(dst)
   _begin(partial, made)
   stream.write(made.files, made.source, partial, progress)
   _finish(made, partial, src, dst, to)
   partial.rename(dst)
+
+
+def plan_to(
+  dst: str | pathlib.Path, src: str | pathlib.Path, *args: Any, **options: Any
+) -> Plan:
+  """`plan`, and checks that it can be carried out.
+
+  Args:
+    dst: see `convert`.
+    src: see `plan`, also for the others.
+    *args: likewise.
+    **options: likewise.
+
+  Raises:
+    ValueError: as `plan`; if DST is not empty, the disk is too full, or
+      `DST.partial` is of another conversion.
+  """
+  dst = pathlib.Path(dst).expanduser().absolute()
+  _check_target(dst)
+  made = plan(src, *args, **options)
+  _check_partial(_partial(dst), made)
+  return made
 
 
 def plan(
@@ -115,13 +135,17 @@ def plan(
     files = hf.files(source)
     if to == 'official':
       _official_args(opened, source)  # Refuses more.
+      official.warn_of_gate(model)
       files = official.files(source, model, mp)
+  beside = (orbax_io.EXTRA, official.REST)
   record = {
     'source': str(pathlib.Path(src).expanduser().absolute()),
     'stamp': source.stamp,
     'to': to,
     'dtype': dtype,
     'mp': mp,
+    'keep_extra': keep_extra,
+    hf.BESIDE: [f.path for f in files if f.path in beside],
   }
   return Plan(opened, source, files, record)
 
@@ -161,29 +185,39 @@ def _official_args(opened, source):
 def _check_target(dst):
   if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
     raise ValueError(f'--dst={dst} exists and is not empty; name another')
+  above = next(p for p in dst.parents if p.exists())
+  if not above.is_dir():
+    raise ValueError(f'--dst={dst}: {above} is no directory; name another')
 
 
-def _begin(partial, made):
-  """Makes the directory, or checks that it is of the same conversion."""
-  found = partial / RECORD
+def _partial(dst):
+  return dst.with_name(dst.name + '.partial')
+
+
+def _check_partial(partial, made):
+  """Whether it is of the same conversion, if it is there, and can be filled."""
+  found = partial / hf.RECORD
   is_ours = found.exists() and hf_config.read(found) == made.record
   if partial.exists() and not is_ours:
     raise ValueError(
       f'{partial} is of another conversion, or its source has changed since; '
       'remove it'
     )
-  parent = partial.parent
-  parent.mkdir(parents=True, exist_ok=True)
   needed = sum(f.nbytes for f in made.files)
   if partial.exists():
     needed -= sum(p.stat().st_size for p in partial.rglob('*') if p.is_file())
-  free = shutil.disk_usage(parent).free
+  disk = next(p for p in partial.parents if p.exists())
+  free = shutil.disk_usage(disk).free
   if needed > free:
-    raise ValueError(f'{parent}: {needed:,} bytes needed, {free:,} are free')
+    raise ValueError(f'{disk}: {needed:,} bytes needed, {free:,} are free')
+
+
+def _begin(partial, made):
+  """Makes the directory, unless an earlier call has."""
   if not partial.exists():
-    fresh = parent / f'.{partial.name}'
-    fresh.mkdir(exist_ok=True)
-    hf.write_json(fresh / RECORD, made.record)
+    fresh = partial.with_name(f'.{partial.name}')
+    fresh.mkdir(parents=True, exist_ok=True)
+    hf.write_json(fresh / hf.RECORD, made.record)
     fresh.rename(partial)
 
 

@@ -94,8 +94,10 @@ def hugging_face(directory: pathlib.Path) -> Files:
   if not index.exists():
     return Files(sorted(directory.glob('*.safetensors')))
   located = hf_config.read(index).get('weight_map')
-  if not isinstance(located, dict):
-    raise ValueError(f'{index} has no weight_map')
+  if not isinstance(located, dict) or not all(
+    isinstance(file, str) for file in located.values()
+  ):
+    raise ValueError(f'{index} has no weight_map of names to names of files')
   paths = [directory / file for file in sorted(set(located.values()))]
   for path in paths:
     if not path.is_file():
