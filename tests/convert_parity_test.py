@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -274,6 +275,11 @@ class WorkdirTest(support.FolderTestCase):
       saver.save(state, {})
     with self.assertRaisesRegex(ValueError, '--ema.*has none'):
       run.plan(workdir, 'hf', use_ema=True)
+    arrays = workdir / 'checkpoints/1/model/ocdbt.process_0/d'
+    largest = max(arrays.iterdir(), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    with self.assertRaisesRegex(ValueError, 'chunk .* is missing or cut'):
+      run.plan(workdir, 'hf')
     (self.folder / 'empty' / 'checkpoints').mkdir(parents=True)
     with self.assertRaisesRegex(ValueError, 'no checkpoint in it'):
       run.plan(self.folder / 'empty', 'hf')

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,6 +175,45 @@ class DamageTest(support.FolderTestCase):
     os.truncate(path, size if size >= 0 else path.stat().st_size + size)
     self._refused(f'{path.name}.*truncated')
 
+  @parameterized.product(
+    chunk=(
+      'params.moe_layers.ffn.w1/1.3.0.0',
+      'router_state.moe_layers.ffn.bias/1.0',
+    ),
+    is_cut=(False, True),
+  )
+  def test_a_chunk_of_a_workdir(self, chunk, is_cut):
+    support.write(self.folder / 'hf', self.model, self.arrays)
+    run.convert(self.folder / 'hf', self.src, 'jax')
+    shutil.rmtree(self.folder / 'hf')
+    path = self.src / 'checkpoints/0/model' / chunk
+    if is_cut:
+      os.truncate(path, path.stat().st_size - 1)
+    else:
+      path.unlink()
+    for dtype in hf.DTYPES:
+      self._refused(
+        chunk.replace('/', ': chunk ') + ' is missing or cut', dtype=dtype
+      )
+
+  @parameterized.parameters(
+    ('', 'meta/metadata: no such file'),
+    ('meta/metadata', 'metadata is not JSON'),
+    ('model/_METADATA', '_METADATA is not JSON'),
+    ('model/params.norm/.zarray', 'params.norm'),
+  )
+  def test_a_damaged_checkpoint(self, name, message):
+    support.write(self.folder / 'hf', self.model, self.arrays)
+    run.convert(self.folder / 'hf', self.src, 'jax')
+    shutil.rmtree(self.folder / 'hf')
+    newest = self.src / 'checkpoints/5'
+    if name:
+      shutil.copytree(self.src / 'checkpoints/0', newest)
+      os.truncate(newest / name, 9)
+    else:
+      newest.mkdir()
+    self._refused(message)
+
   def test_files_and_index_that_disagree(self):
     support.write(self.src, self.model, self.arrays)
     path = self.src / 'model.safetensors.index.json'
@@ -184,6 +224,8 @@ class DamageTest(support.FolderTestCase):
     index['weight_map'].pop('lm_head.weight')
     path.write_text(json.dumps(index))
     self._refused('lm_head.weight is in model')
+    path.write_text(json.dumps({'weight_map': {'lm_head.weight': 1}}))
+    self._refused('no weight_map of names')
 
   @parameterized.parameters(
     ({'dtype': 'F9'}, 'unknown dtype F9'),
@@ -210,11 +252,18 @@ class DamageTest(support.FolderTestCase):
     other = good['quantization_config'] | {'weight_block_size': [64, 64]}
     path.write_text(json.dumps(good | {'quantization_config': other}))
     self._refused('weight_block_size')
+    path.write_text(json.dumps(good | {'quantization_config': ['fp8']}))
+    self._refused('must be an object')
 
   def test_targets_and_arguments(self):
     support.write(self.src, self.model, self.arrays)
-    with self.assertRaisesRegex(ValueError, 'not empty'):
-      run.convert(self.src, self.src, 'hf')
+    below = self.src / 'config.json' / 'x' / 'y'
+    for dst, message in (
+      (self.src, 'not empty'),
+      (below, 'config.json is no directory'),
+    ):
+      with self.assertRaisesRegex(ValueError, message):
+        run.plan_to(dst, self.src, 'hf')
     for options, message in (
       ({'to': 'torch'}, '--to=torch'),
       ({'to': 'hf', 'mp': 2}, '--mp=2'),
@@ -282,7 +331,7 @@ class RestartTest(support.FolderTestCase):
       }
       self.assertBetween(len(done), 1, n_files - 1)
       with self.assertRaisesRegex(ValueError, 'of another conversion'):
-        run.convert(src, dst, 'hf', 'bf16')
+        run.plan_to(dst, src, 'hf', 'bf16')
       finished = {
         p.name
         for f in run.plan(src, 'hf', 'f32').files

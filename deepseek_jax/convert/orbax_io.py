@@ -7,6 +7,7 @@ matrix.  Reading goes through tensorstore, so that what training saved,
 sharded or not, comes back a slice at a time; a chunk of it is read whole.
 """
 
+import itertools
 import json
 import math
 import pathlib
@@ -15,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax import config as config_lib
-from deepseek_jax.convert import names, stream
+from deepseek_jax.convert import hf_config, names, stream
 from deepseek_jax.convert.safetensors_io import Extent
 from deepseek_jax.convert.sources import Files, Source, Tree
 
 CHECKPOINTS = 'checkpoints'
 EXTRA = 'extra.safetensors'
 _STEP = '0'
+_DAMAGED = 'the checkpoint is damaged: move it away to read the one before'
 _CACHE = 64 << 20  # Bytes of decoded chunks kept, if none is larger.
 _ZARR = {'float32': '<f4', 'float16': '<f2'}  # The rest by its own name.
 
@@ -35,18 +37,19 @@ class Workdir(Tree):
   """
 
   def __init__(self, directory: pathlib.Path, use_ema: bool = False):
-    """Reads the metadata.
+    """Reads the metadata, and looks for every chunk.
 
     Raises:
-      ValueError: if there is no checkpoint or EMA, or the leaves are not those
-        of the config.
+      ValueError: if there is no checkpoint or EMA, the newest is damaged, or
+        the leaves are not those of the config.
     """
     steps = directory / CHECKPOINTS
     found = [p for p in steps.iterdir() if p.name.isdigit()]
     if not found:
       raise ValueError(f'{steps}: no checkpoint in it')
     newest = max(found, key=lambda p: int(p.name))
-    meta = json.loads((newest / 'meta' / 'metadata').read_text())
+    meta = hf_config.read(newest / 'meta' / 'metadata')
+    _require(meta, newest, 'config', 'has_ema')
     if use_ema and not meta['has_ema']:
       raise ValueError(
         f'--ema: checkpoint {newest} has none, for the run has '
@@ -99,9 +102,12 @@ def _open(item: pathlib.Path, prefix: tuple[str, ...] = ()) -> dict[tuple, Any]:
   # Imported here: a conversion from files needs none of it.
   import tensorstore as ts
 
-  tree = json.loads((item / '_METADATA').read_text())
+  tree = hf_config.read(item / '_METADATA')
+  _require(tree, item, 'tree_metadata', 'use_ocdbt')
   if tree.get('use_zarr3'):
     raise ValueError(f'{item}: zarr3, which is not read here')
+  # As orbax has it: otherwise chunks of zeros need not be there.
+  is_whole = tree.get('store_array_data_equal_to_fill_value', False)
   base, futures = item.absolute(), {}
   context = ts.Context({'cache_pool': {'total_bytes_limit': _CACHE}})
   for row in tree['tree_metadata'].values():
@@ -114,9 +120,15 @@ def _open(item: pathlib.Path, prefix: tuple[str, ...] = ()) -> dict[tuple, Any]:
         'base': f'file://{base}/',
         'path': f'{name}/',
       }
-    spec = {'driver': 'zarr', 'kvstore': kvstore}
+    spec = {
+      'driver': 'zarr',
+      'kvstore': kvstore,
+      'fill_missing_data_reads': not is_whole,
+    }
     futures[(*prefix, *path)] = ts.open(spec, open=True, context=context)
   opened = {path: future.result() for path, future in futures.items()}
+  for path, array in opened.items() if is_whole else ():
+    _check_chunks(f'{item}: {".".join(path)}', array)
   largest = max(
     math.prod(a.chunk_layout.read_chunk.shape) * a.dtype.numpy_dtype.itemsize
     for a in opened.values()
@@ -130,6 +142,40 @@ def _open(item: pathlib.Path, prefix: tuple[str, ...] = ()) -> dict[tuple, Any]:
     path: _Leaf(ts.open(array.spec(), open=True, context=context).result())
     for path, array in opened.items()
   }
+
+
+def _check_chunks(name: str, array: Any) -> None:
+  """Refuses an array that lacks a chunk, or of which a chunk was cut off."""
+  spec = array.spec().to_json()
+  metadata, kvstore = spec['metadata'], spec['kvstore']
+  counts = (-(-n // c) for n, c in zip(metadata['shape'], metadata['chunks']))
+  chunks = [
+    metadata['dimension_separator'].join(map(str, index)) or '0'
+    for index in itertools.product(*map(range, counts))
+  ]
+  if kvstore['driver'] == 'file' and metadata['compressor'] is None:
+    size = math.prod(metadata['chunks']) * array.dtype.numpy_dtype.itemsize
+    paths = (pathlib.Path(kvstore['path'], chunk) for chunk in chunks)
+    wrong = (not p.is_file() or p.stat().st_size != size for p in paths)
+  else:
+    # The last byte stands for those before it, of which nobody knows how many.
+    ends = [array.kvstore.read(c, byte_range=slice(-1, None)) for c in chunks]
+    wrong = (not _is_there(end) for end in ends)
+  for chunk in itertools.compress(chunks, wrong):
+    raise ValueError(f'{name}: chunk {chunk} is missing or cut; {_DAMAGED}')
+
+
+def _is_there(end: Any) -> bool:
+  try:
+    return bool(end.result().value)
+  except ValueError:  # What tensorstore raises for any fault of the storage.
+    return False
+
+
+def _require(tree: dict[str, Any], where: pathlib.Path, *keys: str) -> None:
+  for key in keys:
+    if key not in tree:
+      raise ValueError(f'{where}: its metadata has no {key!r}; {_DAMAGED}')
 
 
 class _Leaf:
