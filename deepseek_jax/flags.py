@@ -101,19 +101,31 @@ def axes(flag_values: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
 def resolve(
   flag_values: flags.FlagValues = flags.FLAGS,
 ) -> tuple[Config, Config]:
-  """The config that the command line asks for, and its preset's own.
+  """The config that the command line asks for, and that of its preset or file.
 
   `config.diff` of the second and the first is what this run changes.
 
   Raises:
     ValueError: if the file or the values are wrong.
   """
-  base = presets.PRESETS[flag_values['preset'].value]()
-  path = flag_values['config'].value
-  config = _from_file(path) if path is not None else base
+  path, preset = flag_values['config'].value, flag_values['preset'].value
+  base = presets.PRESETS[preset]() if path is None else _from_file(path)
   given = {name: flag_values[name].value for name in config_lib.leaves(base)}
   given = {name: value for name, value in given.items() if value is not None}
-  return config_lib.replace(config, given), base
+  return config_lib.replace(base, given), base
+
+
+def base_name(flag_values: flags.FlagValues = flags.FLAGS) -> str:
+  """The preset, or the stem of the file that takes its place."""
+  path, preset = flag_values['config'].value, flag_values['preset'].value
+  return preset if path is None else pathlib.Path(path).stem
+
+
+def given(flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
+  """The words of the command line that decide what `resolve` returns."""
+  names = ('preset', 'config', *config_lib.leaves(config_lib.Config()))
+  chosen = [flag_values[name] for name in names]
+  return [flag.serialize() for flag in chosen if flag.present]
 
 
 def run(main: Callable[..., None], takes_command: bool = False) -> NoReturn:

@@ -1,6 +1,7 @@
 """Trains every point of a grid, and writes one table and one picture.
 
     python -m experiments.sweep --preset=ablation --workdir=runs/balance \\
+      --optim.alpha=0.01 \\
       --sweep='model.moe.balance=aux_free,aux_loss,none; seed=0,1,2'
 
 --sweep is leaf=value,value; leaf=value ...: the product of all.  Values that

@@ -2,10 +2,13 @@
 
     python -m experiments.train                        # quickstart, ~3 minutes
     python -m experiments.train --preset=tiny --workdir=/tmp/tiny
-    python -m experiments.train --model.moe.balance=aux_loss --workdir=runs/aux
+    python -m experiments.train --model.moe.balance=aux_loss \\
+      --optim.alpha=0.01 --workdir=runs/aux
 
 The same command goes on where an interrupted run stopped.
 """
+
+import shlex
 
 from absl import flags as absl_flags
 
@@ -13,7 +16,7 @@ from deepseek_jax import flags
 from experiments import large_pages
 
 _WORKDIR = absl_flags.DEFINE_string(
-  'workdir', None, 'Directory of the run (default: runs/<preset>).'
+  'workdir', None, 'Directory of the run (default: runs/<preset or file>).'
 )
 flags.define()
 
@@ -21,7 +24,7 @@ flags.define()
 def main() -> None:
   """Runs the loop on the command line's config."""
   config, base = flags.resolve()
-  workdir = _WORKDIR.value or f'runs/{absl_flags.FLAGS.preset}'
+  workdir = _WORKDIR.value or f'runs/{flags.base_name()}'
   # After the flags are known to be right: JAX takes seconds to import.
   from deepseek_jax.evaluation import run
   from deepseek_jax.kernels import dispatch
@@ -29,6 +32,11 @@ def main() -> None:
 
   with dispatch.told(step_log.say):
     run.train(config, workdir, base)
+  again = shlex.join([*flags.given(), f'--workdir={workdir}_aux'])
+  step_log.say(
+    f'  python -m experiments.train {again} \\\n'
+    '    --model.moe.balance=aux_loss --optim.alpha=0.01  # And MaxVio?'
+  )
 
 
 if __name__ == '__main__':

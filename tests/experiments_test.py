@@ -230,6 +230,27 @@ def test_a_mistake_is_one_line(arguments, message):
   assert len(errors.splitlines()) == 1, errors
 
 
+def test_train_says_what_it_was_given(tmp_path):
+  file = tmp_path / 'mine.py'
+  file.write_text(
+    'from deepseek_jax import presets\nget_config = presets.tiny\n'
+  )
+  code = (
+    'import runpy; from deepseek_jax.evaluation import run\n'
+    'run.train = lambda _, workdir, base: print(workdir, base.train.steps)\n'
+    'runpy.run_module("experiments.train", run_name="__main__")'
+  )
+  flags = [f'--config={file}', '--notrain.scan_layers', '--optim.lr=0.5']
+  done = subprocess.run(
+    [sys.executable, '-c', code, *flags], capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout == 'runs/mine 10\n'
+  words = ' '.join(done.stderr.split())
+  expected = ' '.join(flags[:1] + ['--optim.lr=0.5', '--notrain.scan_layers'])
+  assert f'experiments.train {expected} --workdir=runs/mine_aux' in words
+
+
 def test_help_of_an_ablation_shows_its_question_and_its_flags():
   status, output, _ = _command('ablations.balance', '--help')
   assert status == 0

@@ -171,6 +171,20 @@ def test_another_model_is_refused_and_nothing_is_overwritten(folder, reference):
   assert len(metrics.read(reference)) == _STEPS
 
 
+def test_no_step_left_for_other_settings(folder, reference):
+  before = {p: p.read_bytes() for p in reference.glob('*.json*')}
+  with pytest.raises(checkpoint.ConfigMismatch, match='optim.lr: .* -> 0.5'):
+    run.train(_config(folder, optim__lr=0.5), reference)
+  # Nor is it the config of a run of fewer steps.
+  loop.train(
+    _config(folder, train__steps=_STEPS - 1, train__keep=2),
+    reference,
+    make_evaluate=lambda *_: None,
+    write_samples=lambda *_: None,
+  )
+  assert {p: p.read_bytes() for p in reference.glob('*.json*')} == before
+
+
 def test_two_runs_in_one_workdir(reference):
   with checkpoint.lock(reference):
     command = ['experiments.train', '--preset=tiny', f'--workdir={reference}']

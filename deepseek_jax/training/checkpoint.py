@@ -37,6 +37,17 @@ _FIXED = (
   'precision.nu_dtype',
   'precision.fp8.amax_history',
 )
+# What may differ in a run of which no step is left: no step would have been
+# another.
+_IDLE = (
+  'parallel.',
+  'data.cache_dir',
+  'train.steps',
+  'train.log_every',
+  'train.eval_',
+  'train.save_every',
+  'train.keep',
+)
 # Of tensorstore's errors, which are all `ValueError`: those of the system (of a
 # disk that does not answer), but for a file that is not there.
 _PASSING = (
@@ -170,14 +181,15 @@ class Checkpointer:
       (state, data_state, ema or None), or None if there is no checkpoint.
 
     Raises:
-      ConfigMismatch: if the saved model is another one.
+      ConfigMismatch: if the saved model is another one, or the saved steps are
+        all and were trained with other settings.
       ValueError: if there are checkpoints and none can be read.
       Exception: what shows no damage, such as a lack of memory or a disk that
         does not answer; nothing has been moved.
     """
 
     def read(step, meta):
-      _check_config(meta['config'], self._config, self._workdir)
+      _check_config(meta, self._config, self._workdir)
       return self._read_state(step, meta, like)
 
     if self.latest_step() is None:
@@ -414,9 +426,9 @@ def _abstract(tree):
   return jax.tree.map(leaf, tree)
 
 
-def _check_config(saved, config, workdir):
-  """Refuses a different model; logs every other difference."""
-  old, new = _flat(saved), _flat(config_lib.to_dict(config))
+def _check_config(meta, config, workdir):
+  """Refuses another model or settings too late; logs other differences."""
+  old, new = _flat(meta['config']), _flat(config_lib.to_dict(config))
   changed = [
     f'{name}: {old.get(name, _ABSENT)!r} -> {new.get(name, _ABSENT)!r}'
     for name in sorted(old.keys() | new.keys())
@@ -428,6 +440,14 @@ def _check_config(saved, config, workdir):
       f'--workdir={workdir} holds a run of another model (saved -> now):\n  '
       + '\n  '.join(fixed)
       + '\nuse the saved values, or another workdir'
+    )
+  late = [line for line in changed if not line.startswith(_IDLE)]
+  if late and meta['step'] >= config.train.steps:
+    raise ConfigMismatch(
+      f'--workdir={workdir} holds all of train.steps={config.train.steps}, '
+      'trained with other settings (saved -> now):\n  '
+      + '\n  '.join(late)
+      + '\nuse another workdir, the saved values, or more steps'
     )
   for line in changed:
     logging.warning('config changed since the checkpoint: %s', line)

@@ -57,13 +57,14 @@ def train(
   Args:
     config: of the run.
     workdir: of the run; made if need be.
-    base: the preset of which `config` is a variation, to show what differs.
+    base: what `config` is a variation of, to show what differs.
     make_evaluate: validation; evaluation lies above training, which therefore
       is given it.  `evaluation.run.train` is this function with both.
     write_samples: generation, at the end, by all processes together.
 
   Raises:
-    ValueError: bad data settings; another run in `workdir`, or another model.
+    ValueError: bad data settings; another run in `workdir`, another model, or
+      no step left to be trained with other settings.
     FloatingPointError: a loss or gradient is not finite (`train.nonfinite`).
     SystemExit: 128 + signal, after SIGTERM or SIGINT and a checkpoint.
   """
@@ -86,14 +87,15 @@ def train(
     _keep_tokenizer(workdir, corpus.tokenizer)
     schedule = schedules.Schedule(config)
     state, position, ema = _init_or_restore(model, tx, config, saver, layout)
-    _write_config(workdir, config)
+    done, last, stop = int(state.step), config.train.steps, 0
+    if done < last:  # Else it is that of the run as it was trained.
+      _write_config(workdir, config)
     feed = feed_lib.Feed(corpus, config, position, layout)
     evaluate = make_evaluate(model, config, corpus, layout)
     if ema:
       stack.callback(ema.close)
     log = step_log.StepLog(workdir, config, state, schedule, started)
     agree = process.Agreement(layout and layout.mesh)
-    done, last, stop = int(state.step), config.train.steps, 0
     with log, _Interrupt() as interrupt:
       while done < last and not stop:
         # Nothing here waits for the step that it starts: the host reads the
@@ -153,12 +155,12 @@ class _Interrupt(contextlib.AbstractContextManager):
 
 
 def _announce(config, workdir, base, model, layout):
-  """The resolved config and what differs from the preset, before all else."""
+  """The resolved config and what differs from the base, before all else."""
   leaves = [f'{k}={v!r}' for k, v in config_lib.leaves(config).items()]
   say(textwrap.fill('  '.join(leaves), 80, break_on_hyphens=False))
   changes = config_lib.diff(base, config) if base else {}
   for name, (old, new) in changes.items():
-    say(f'changed from the preset: {name}: {old!r} -> {new!r}')
+    say(f'changed from the base: {name}: {old!r} -> {new!r}')
   devices = jax.devices()
   say(f'{workdir}: {len(devices)} x {devices[0].device_kind}')
   if layout:
@@ -225,7 +227,5 @@ Trained {done} steps.  In {workdir}:
   checkpoints/   step {done} and the last before it
 Try next:
   python -m experiments.generate --workdir={workdir} --prompt='import '
-  python -m experiments.eval --workdir={workdir}
-  python -m experiments.train --workdir={workdir}_aux \\
-    --model.moe.balance=aux_loss    # How does MaxVio change?"""
+  python -m experiments.eval --workdir={workdir}"""
   )
