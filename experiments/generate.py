@@ -56,8 +56,8 @@ _SEED = absl_flags.DEFINE_integer(
 _REDUNDANT = absl_flags.DEFINE_integer(
   'redundant_experts',
   0,
-  'Copies of the busiest experts of each layer, by the load that the run has '
-  'seen last.',
+  'Copies of the busiest experts of each layer, by the load of the texts '
+  'written before (expert_load.json in the workdir), else of the last step.',
   lower_bound=0,
 )
 absl_flags.adopt_module_key_flags(reading)
@@ -77,9 +77,17 @@ class Generator:
       'data.batch_size_start': 0,
       'train.micro_batch_size': 0,
     }
-    workdir, trained = reading.workdir(), reading.load(parallel, changes)
-    self.tokenizer = tokenizer_lib.Tokenizer.load(workdir / 'tokenizer.json')
+    workdir = reading.workdir()
+    path = workdir / 'tokenizer.json'
+    if not path.is_file():
+      raise ValueError(
+        f'--workdir={workdir}: no tokenizer.json in it; name the workdir of a '
+        "run, or put the model's there"
+      )
+    self.tokenizer = tokenizer_lib.Tokenizer.load(path)
+    trained = reading.load(parallel, changes)
     self._model, self._layout = trained.model, trained.layout
+    self._workdir = workdir
     variables = weights.unstack(self._model, trained.variables)
     if _REDUNDANT.value:
       variables = _with_copies(variables, workdir, trained.config)
@@ -87,8 +95,9 @@ class Generator:
 
   def complete(self, prompts, on_tokens=None) -> list[list[int]]:
     """The new tokens of each prompt; speed goes to stderr."""
-    from deepseek_jax.inference import generate
+    from deepseek_jax.inference import generate, load_balance
     from deepseek_jax.training import layout as layout_lib
+    from deepseek_jax.training import process
 
     started = time.perf_counter()
     with layout_lib.ambient(self._layout):
@@ -112,6 +121,8 @@ class Generator:
       note += f'; drafts that stood: {shares}'
       note += f'; {result.tokens_per_pass:.2f} tokens a pass'
     _say(f'\n[{note}]', file=sys.stderr)
+    if result.load_LE is not None and process.is_first():
+      load_balance.remember(self._workdir, result.load_LE)
     return result.tokens
 
   def write(self, prompt: list[int], shown: int) -> list[int]:
@@ -157,12 +168,16 @@ def _with_copies(variables, workdir, config):
   from deepseek_jax.training import metrics
 
   flag = f'--redundant_experts={_REDUNDANT.value}'
-  loads = [row['load'] for row in metrics.read(workdir) if 'load' in row]
-  if not loads:
-    raise ValueError(
-      f'{flag}: {workdir / metrics.FILE} has no load of experts, by which to '
-      'choose; use a run with routed experts, or 0'
-    )
+  load_LE = load_balance.recall(workdir)
+  if load_LE is None:
+    loads = [row['load'] for row in metrics.read(workdir) if 'load' in row]
+    if not loads:
+      raise ValueError(
+        f'{flag}: neither {workdir / load_balance.FILE} nor {metrics.FILE} has '
+        'a load of experts, by which to choose; generate without it first, '
+        'from a model with routed experts'
+      )
+    load_LE = np.array(loads[-1])
   axes, moe = config.parallel, config.model.moe
   devices = axes.node * axes.expert
   count = moe.n_routed_experts + _REDUNDANT.value
@@ -173,7 +188,7 @@ def _with_copies(variables, workdir, config):
       f'multiple of {devices}'
     )
   placement = load_balance.place(
-    np.array(loads[-1]), count, moe.n_expert_groups, axes.node, devices
+    load_LE, count, moe.n_expert_groups, axes.node, devices
   )
   return load_balance.add_replicas(variables, placement)
 

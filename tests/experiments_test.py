@@ -173,11 +173,13 @@ def test_a_run_in_fp8_codes_is_evaluated_and_continued(swept, tmp_path):
   status, text, errors = _command('generate', *arguments)
   assert status == 0, errors
   assert text.startswith('def f') and len(text) > 30
+  assert (codes / 'expert_load.json').is_file()
 
   # Two processes divide the codes, and one talks.
   for program, *flags in (
     ['eval', f'--workdir={codes}', '--fp8'],
-    ['generate', *arguments],
+    # There are no metrics: copies go by what the texts above have counted.
+    ['generate', *arguments, '--redundant_experts=2'],
   ):
     status, output, errors = _command(
       'launch', '--processes=2', '--', sys.executable,

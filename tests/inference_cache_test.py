@@ -73,12 +73,13 @@ def _extend(name, cache, T):
   )
   hiddens, mtp = [hidden], []
   for k, own in enumerate(cache.mtp, 1):
-    ahead, own = model.apply(
+    ahead, own, _ = model.apply(
       variables,
       k,
       hiddens[-1],
       texts[rows, at + k],
       at,
+      mask,
       own,
       method='extend_ahead',
     )
@@ -143,7 +144,8 @@ class CachedForwardTest(parameterized.TestCase):
     name = 'mla_yarn_two_mtp'
     done = _prefilled(name)
     K = _case(name)[0].config.moe.n_activated_experts
-    np.testing.assert_array_equal(done.load_LE.sum(1), [sum(_LENGTHS) * K])
+    # A layer and two modules.
+    np.testing.assert_array_equal(done.load_LE.sum(1), 3 * [sum(_LENGTHS) * K])
     _, _, load = jax.jit(lambda c: _extend(name, c, 1))(done.cache)
     np.testing.assert_array_equal(load.sum(1), [3 * K])
 

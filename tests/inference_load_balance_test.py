@@ -20,6 +20,14 @@ _EXPECTED = [
 ]
 
 
+def _imbalance(load_LE, placement, n_devices):
+  """Load of the busiest device over the mean, if copies share evenly."""
+  share = load_LE / placement.counts_LE
+  replicas = np.take_along_axis(share, placement.experts_LP, 1)
+  devices = replicas.reshape(len(share), n_devices, -1).sum(-1)
+  return devices.max(-1) / devices.mean(-1)
+
+
 class PlaceTest(parameterized.TestCase):
   def test_published_vector(self):
     placement = load_balance.place(_LOADS, 16, 4, 2, 8)
@@ -58,9 +66,9 @@ class PlaceTest(parameterized.TestCase):
       np.arange(64)[None, :, None].repeat(3, 0),
       np.ones((3, 64), np.int64),
     )
-    before = load_balance.imbalance(load, one_each, 16)
+    before = _imbalance(load, one_each, 16)
     balanced = load_balance.place(load, 128, 8, 1, 16)
-    after = load_balance.imbalance(load, balanced, 16)
+    after = _imbalance(load, balanced, 16)
     self.assertTrue((after < before).all(), (before, after))
     self.assertLess(after.max(), 1.25)
 
@@ -71,18 +79,22 @@ class PlaceTest(parameterized.TestCase):
     np.testing.assert_array_equal(counts, [3, 1, 2])
 
 
-class ToReplicasTest(parameterized.TestCase):
-  def test_copies_take_turns_and_serve_their_own_expert(self):
-    placement = load_balance.place(_LOADS, 16, 4, 2, 8)
-    rng = np.random.default_rng(0)
-    ids = np.stack([rng.permutation(12)[:3] for _ in range(1000)])
-    for layer in range(2):
-      replicas = load_balance.to_replicas(ids, layer, placement)
-      np.testing.assert_array_equal(placement.experts_LP[layer][replicas], ids)
-      uses = np.bincount(replicas.reshape(-1), minlength=16)
-      for e in range(12):
-        own = uses[placement.experts_LP[layer] == e]
-        self.assertLessEqual(own.max() - own.min(), 1)
+def test_loads_of_several_texts_add_up(tmp_path):
+  assert load_balance.recall(tmp_path) is None
+  load_balance.remember(tmp_path, _LOADS[:1])
+  load_balance.remember(tmp_path, _LOADS)  # With drafts: a row of MTP, too.
+  load_balance.remember(tmp_path, _LOADS[:1])
+  np.testing.assert_array_equal(
+    load_balance.recall(tmp_path), _LOADS * [[3], [1]]
+  )
+  path = tmp_path / load_balance.FILE
+  assert list(tmp_path.iterdir()) == [path]  # Nothing half-written.
+  load_balance.remember(tmp_path, _LOADS[:, :4])  # Of another model.
+  np.testing.assert_array_equal(load_balance.recall(tmp_path), _LOADS[:, :4])
+  for text in ('[1, 2]', '[[1], [2, 3]]', '{'):
+    path.write_text(text)
+    with pytest.raises(ValueError, match='expert_load.json is damaged'):
+      load_balance.recall(tmp_path)
 
 
 @pytest.mark.parametrize(

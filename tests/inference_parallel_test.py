@@ -78,9 +78,9 @@ def test_four_devices_write_what_one_does(redundant):
 def test_experts_of_mtp_have_copies_too():
   """A draft changes no token, so the text is that of plain decoding."""
   model, variables = _trained()
-  main = _single().load_LE
-  # Another load, so that a layer with its neighbour's copies would be wrong.
-  placement = _placement(np.concatenate([main, main[:, ::-1]]))
+  alone = generate.generate(model, variables, _PROMPTS, 5, drafts=1)
+  # Other loads, so that a layer with its neighbour's copies would be wrong.
+  placement = _placement(alone.load_LE)
   assert (placement.experts_LP[0] != placement.experts_LP[1]).any()
   variables = load_balance.add_replicas(variables, placement)
   shared, done = _divided(variables, drafts=1)
@@ -99,8 +99,8 @@ def test_experts_of_mtp_have_copies_too():
     np.testing.assert_array_equal(experts_P[chosen], np.arange(8))
   assert done.tokens == _single().tokens
   # What its copies draft is what its experts do.
-  alone = generate.generate(model, _trained()[1], _PROMPTS, 5, drafts=1)
   assert done.acceptance == alone.acceptance
+  np.testing.assert_array_equal(done.load_LE, alone.load_LE)
 
 
 def test_copies_take_turns_and_are_of_their_expert():

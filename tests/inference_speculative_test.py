@@ -54,6 +54,9 @@ def test_greedy_text_is_that_of_plain_decoding(n_mtp_layers, drafts):
   )
   for output, full in zip(stopped.tokens, result.tokens):
     assert output == (full[: full.index(stop)] if stop in full else full)
+  # The token after a prompt came of no pass; a stop token did.
+  taken = sum(len(new) - 1 + (len(new) < _NEW) for new in stopped.tokens if new)
+  assert round(stopped.tokens_per_pass * stopped.passes) == taken
 
 
 def test_drafts_are_what_training_would_predict():
@@ -75,20 +78,26 @@ def test_drafts_are_what_training_would_predict():
       drafts = [int(forward(padded)[0][0, n - 1])]
       padded[0, n + 1] = drafts[0]
       drafts.append(int(forward(padded)[1][0, n - 1]))
-      # What the model says after each; past the budget it goes on as well.
-      said = text[n + 1 : n + 3]
-      if len(said) < 2:
-        break  # The last pass may draft beyond the text that is known.
-      stands = np.cumprod([d == s for d, s in zip(drafts, said)])
-      tried += [1, stands[0]]
-      accepted += stands
+      # What the model says after each; behind the text's end nothing counts.
+      stands = np.cumprod([d == s for d, s in zip(drafts, text[n + 1 : n + 3])])
+      tried[: len(stands)] += [1, *stands][: len(stands)]
+      accepted[: len(stands)] += stands
       passes, n = passes + 1, n + 1 + int(stands.sum())
   result = generate.generate(model, unstacked, _PROMPTS, _NEW, drafts=2)
-  # A text's last pass is not known to the end above: one per prompt at most.
-  assert 0 <= result.passes - passes <= len(_PROMPTS)
-  np.testing.assert_allclose(
-    result.acceptance, accepted / tried, atol=len(_PROMPTS) / min(tried)
+  assert result.passes == passes
+  np.testing.assert_array_equal(
+    np.float32(result.acceptance), np.float32(accepted) / np.float32(tried)
   )
+  taken = sum(len(tokens) - 1 for tokens in result.tokens)
+  assert result.tokens_per_pass == np.float32(taken) / np.float32(passes)
+  # A prompt's tokens, and at least one position of each pass, by each module.
+  moe = model.config.moe
+  assert result.load_LE.shape == (1 + 2, moe.n_routed_experts)
+  seen = result.load_LE.sum(1) / moe.n_activated_experts
+  inputs = sum(map(len, _PROMPTS))
+  assert seen[0] == inputs + 3 * passes  # The pending token, and two drafts.
+  assert (seen[1:] >= inputs + passes).all()
+  assert (seen[1:] <= inputs + 3 * passes + len(_PROMPTS)).all()
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def keys_at(rows: Rows, positions_B: jax.Array) -> jax.Array:
 
 def emit(
   rows: Rows, tokens_BT: jax.Array, valid_BT: jax.Array, stop_ids: jax.Array
-) -> tuple[Rows, jax.Array]:
+) -> tuple[Rows, jax.Array, jax.Array]:
   """Ends rows at a stop token or an empty budget.
 
   Args:
@@ -51,7 +51,7 @@ def emit(
 
   Returns:
     The rows, `pending_B` the last valid token; int32 [B, T], what to put out,
-    -1 for nothing.
+    -1 for nothing; int32 [B], how many tokens that took, a stop token included.
   """
   T = tokens_BT.shape[1]
   is_stop = (tokens_BT[..., None] == stop_ids).any(-1) & valid_BT
@@ -60,13 +60,14 @@ def emit(
   open_BT &= jnp.arange(T) < rows.budget_B[:, None]
   out_BT = jnp.where(open_BT & ~is_stop, tokens_BT, -1)
   stopped_B = (open_BT & is_stop).any(1)
-  budget_B = rows.budget_B - open_BT.sum(1, dtype=jnp.int32)
+  taken_B = open_BT.sum(1, dtype=jnp.int32)
+  budget_B = rows.budget_B - taken_B
   last = jnp.maximum(valid_BT.sum(1) - 1, 0)[:, None]
   pending_B = jnp.take_along_axis(tokens_BT, last, 1)[:, 0]
   rows = rows._replace(
     pending_B=pending_B, budget_B=jnp.where(stopped_B, 0, budget_B)
   )
-  return rows, out_BT
+  return rows, out_BT, taken_B
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -75,7 +76,7 @@ def first(model, weights, last_BD, lengths_B, rows, how, stop_ids):
   logits_BV = model.apply(weights, last_BD, method='unembed')
   token_B = sampling.choose(logits_BV, keys_at(rows, lengths_B), how)
   valid = jnp.ones((len(token_B), 1), bool)
-  return emit(rows, token_B[:, None], valid, stop_ids)
+  return emit(rows, token_B[:, None], valid, stop_ids)[:2]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -107,7 +108,7 @@ def decode(
     lengths_B = cache.lengths_B + live_B
     logits_BV = model.apply(weights, hidden[:, 0], method='unembed')
     token_B = sampling.choose(logits_BV, keys_at(rows, lengths_B), how)
-    rows, new = emit(rows, token_B[:, None], live_B[:, None], stop_ids)
+    rows, new, _ = emit(rows, token_B[:, None], live_B[:, None], stop_ids)
     carry = Carry(
       cache._replace(layers=layers, lengths_B=lengths_B),
       rows,

@@ -27,22 +27,19 @@ class Generation(NamedTuple):
   Attributes:
     tokens: the new tokens of each prompt, without the stop token.
     load_LE: float32 [L, E], tokens that each expert of each MoE layer worked on
-      (rejected drafts included), for `load_balance`; None without MoE.
+      (rejected drafts included), then of each MTP module if there were drafts;
+      for `load_balance`; None without MoE.
     passes: of the main model after the first token, summed over prompts.
     acceptance: per draft of a pass, the share that stood of those tested.
+    tokens_per_pass: 1 for plain decoding, at most D + 1 for D drafts, stop
+      tokens included; 0 without a pass.
   """
 
   tokens: list[list[int]]
   load_LE: np.ndarray | None
   passes: float
   acceptance: tuple[float, ...]
-
-  @property
-  def tokens_per_pass(self) -> float:
-    """1 for plain decoding, at most D + 1 for D drafts; 0 without a pass."""
-    # The stop token, if there was one, is not in `tokens`: a lower bound.
-    count = sum(max(len(tokens) - 1, 0) for tokens in self.tokens)
-    return count / self.passes if self.passes else 0.0
+  tokens_per_pass: float
 
 
 def generate(
@@ -183,11 +180,12 @@ def _result(texts, carry, prompts):
   plain = _plain(carry)
   load = _to_host(plain.load_LE)
   if isinstance(carry, speculative.Carry):
-    tried, accepted, passes = _to_host(carry.tally)
+    tried, accepted, passes, taken = _to_host(carry.tally)
     acceptance = tuple((accepted / np.maximum(tried, 1)).tolist())
-    return Generation(texts, load, float(passes), acceptance)
+    per_pass = float(taken / max(passes, 1))
+    return Generation(texts, load, float(passes), acceptance, per_pass)
   grown = _to_host(plain.cache.lengths_B).sum() - sum(len(p) for p in prompts)
-  return Generation(texts, load, float(grown), ())
+  return Generation(texts, load, float(grown), (), float(grown > 0))
 
 
 def _check(config, prompts, max_new_tokens, drafts, chunk):

@@ -5,12 +5,17 @@ Deciding is arithmetic on the host, in numpy.  The loads are those that
 """
 
 import functools
+import json
+import os
+import pathlib
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
+FILE = 'expert_load.json'  # In a workdir: the load of all texts written there.
 _MATRICES = ('w1', 'w2', 'w3')  # Of a layer's experts, each [E, ...].
 
 
@@ -136,28 +141,6 @@ def _place(load_E, n_replicas, n_groups, n_nodes, n_devices):
   return np.concatenate(rows)
 
 
-def to_replicas(
-  expert_ids_TK: np.ndarray, layer: int, placement: Placement
-) -> np.ndarray:
-  """The replica that serves each choice: int32 [T, K].
-
-  Copies of an expert take turns over the tokens that chose it, which shares
-  its load among them evenly.
-
-  Args:
-    expert_ids_TK: a router's choices.
-    layer: whose they are.
-    placement: of `place`.
-  """
-  flat = np.asarray(expert_ids_TK).reshape(-1)
-  E = placement.counts_LE.shape[1]
-  earlier = np.cumsum(flat[:, None] == np.arange(E), 0)
-  turn = earlier[np.arange(len(flat)), flat] - 1
-  turn %= placement.counts_LE[layer, flat]
-  replicas = placement.replicas_LEX[layer, flat, turn]
-  return replicas.reshape(np.shape(expert_ids_TK))
-
-
 def add_replicas(
   variables: dict[str, Any], placement: Placement
 ) -> dict[str, Any]:
@@ -214,12 +197,44 @@ def _take(sharding):
   return jax.jit(lambda x, index: x[index], out_shardings=sharding)
 
 
-def imbalance(load_LE: np.ndarray, placement: Placement, n_devices: int):
-  """Load of the busiest device over the mean, per layer: float64 [L]."""
-  share = np.asarray(load_LE, np.float64) / placement.counts_LE
-  replicas = np.take_along_axis(share, placement.experts_LP, 1)
-  devices = replicas.reshape(len(share), n_devices, -1).sum(-1)
-  return devices.max(-1) / devices.mean(-1)
+def remember(workdir: pathlib.Path, load_LE: np.ndarray) -> None:
+  """Adds a load to that of earlier texts, in `workdir/expert_load.json`.
+
+  Args:
+    workdir: of the run; nothing is kept if nothing can be written there.
+    load_LE: of `generate.Generation`; with rows of MTP, or without.
+  """
+  total_LE = recall(workdir)
+  if total_LE is None or total_LE.shape[1] != load_LE.shape[1]:
+    total_LE = load_LE[:0]
+  rows = max(len(total_LE), len(load_LE))
+  total_LE, load_LE = (
+    np.pad(x, ((0, rows - len(x)), (0, 0))) for x in (total_LE, load_LE)
+  )
+  partial = workdir / f'.{FILE}.{os.getpid()}'
+  try:
+    partial.write_text(json.dumps((total_LE + load_LE).tolist()))
+    partial.replace(workdir / FILE)
+  except OSError as error:
+    logging.warning('the load of experts is not kept: %s', error)
+
+
+def recall(workdir: pathlib.Path) -> np.ndarray | None:
+  """The sum of what `remember` was given, float64 [L, E]; None without it.
+
+  Raises:
+    ValueError: if the file is damaged.
+  """
+  path = workdir / FILE
+  if not path.exists():
+    return None
+  try:
+    load_LE = np.array(json.loads(path.read_text()), np.float64)
+    if load_LE.ndim != 2:
+      raise ValueError('no matrix')
+  except (ValueError, TypeError) as error:
+    raise ValueError(f'{path} is damaged, remove it: {error}') from None
+  return load_LE
 
 
 def _check(load_LE, n_replicas, n_groups, n_nodes, n_devices):

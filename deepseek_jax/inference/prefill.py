@@ -21,7 +21,8 @@ class Prefilled(NamedTuple):
     cache: with all of them, `lengths_B` tokens each.
     last_BWD: final hidden states of each prompt's last W tokens; arbitrary
       where the prompt is shorter.
-    load_LE: float32 tokens per MoE layer and expert; None without MoE.
+    load_LE: float32 tokens per expert of each MoE layer, then of each MTP
+      module if the cache has any; None without MoE.
   """
 
   cache: cache_lib.Cache
@@ -62,13 +63,10 @@ def prefill(
   tokens = np.zeros((len(prompts), n_chunks * T + M), np.int32)
   for row, prompt in zip(tokens, prompts):
     row[: len(prompt)] = prompt
-  c = model.config
+  c, E = model.config, model.config.moe.n_routed_experts
   last = jnp.zeros((len(prompts), window, c.dim), model.dtype)
-  load = (
-    jnp.zeros((c.n_moe_layers, c.moe.n_routed_experts), jnp.float32)
-    if c.n_moe_layers
-    else None
-  )
+  layers = c.n_moe_layers + (c.n_mtp_layers if M and E else 0)
+  load = jnp.zeros((layers, E), jnp.float32) if layers else None
   done = Prefilled(cache._replace(lengths_B=jnp.asarray(lengths)), last, load)
   for start in range(0, n_chunks * T, T):
     part = tokens[:, start : start + T + M]
@@ -93,19 +91,21 @@ def _chunk(model, weights, done, tokens, start):
     prefill=True,
     method='extend',
   )
-  ahead_BTD, mtp = hidden_BTD, []
+  ahead_BTD, mtp, counts = hidden_BTD, [], []
   for k in range(1, M + 1):
-    ahead_BTD, mtp_cache = model.apply(
+    ahead_BTD, mtp_cache, counts_E = model.apply(
       weights,
       k,
       ahead_BTD,
       tokens[:, k : k + T],
       positions_BT,
+      mask_BT,
       cache.mtp[k - 1],
       prefill=True,
       method='extend_ahead',
     )
     mtp.append(mtp_cache)
+    counts.append(counts_E)
   index_BW = cache.lengths_B[:, None] - W + jnp.arange(W) - start
   inside = (index_BW >= 0) & (index_BW < T)
   picked = jnp.take_along_axis(
@@ -114,5 +114,19 @@ def _chunk(model, weights, done, tokens, start):
   return Prefilled(
     cache._replace(layers=layers, mtp=tuple(mtp)),
     jnp.where(inside[..., None], picked, last_BWD),
-    load_LE if load is None else load_LE + load,
+    add_load(load_LE, load, counts),
   )
+
+
+def add_load(
+  load_LE: jax.Array | None,
+  main_LE: jax.Array | None,
+  mtp: Sequence[jax.Array | None],
+) -> jax.Array | None:
+  """`load_LE` and what the main model and the first MTP modules counted."""
+  if main_LE is not None:
+    load_LE = load_LE.at[: len(main_LE)].add(main_LE)
+  if mtp and mtp[0] is not None:
+    start = 0 if main_LE is None else len(main_LE)
+    load_LE = load_LE.at[start : start + len(mtp)].add(jnp.stack(mtp))
+  return load_LE

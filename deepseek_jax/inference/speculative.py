@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.inference import decode as decode_lib
+from deepseek_jax.inference import prefill
 from deepseek_jax.models import deepseek
 from deepseek_jax.ops import sampling
 
@@ -41,14 +42,17 @@ class Tally(NamedTuple):
   """What drafting was good for.
 
   Attributes:
-    tried_D: float32, drafts that all earlier drafts of the pass let be tested.
+    tried_D: float32, drafts that all earlier drafts of the pass let be tested,
+      those behind the end of a text left out.
     accepted_D: float32, those that stood.
     passes: float32 scalar, rows that a pass worked on.
+    taken: float32 scalar, tokens that came of them, stop tokens included.
   """
 
   tried_D: jax.Array
   accepted_D: jax.Array
   passes: jax.Array
+  taken: jax.Array
 
 
 class Carry(NamedTuple):
@@ -82,7 +86,7 @@ def init_carry(
     plain,
     window,
     # No array twice: all of them are donated.
-    Tally(jnp.zeros(drafts), jnp.zeros(drafts), jnp.zeros(())),
+    Tally(*(jnp.zeros(shape) for shape in (drafts, drafts, (), ()))),
   )
 
 
@@ -93,22 +97,38 @@ def _at(x_BT: jax.Array, index_B: jax.Array, count: int = 1) -> jax.Array:
   return jnp.take_along_axis(x_BT, index, 1)
 
 
-def _draft(model, weights, mtp, window, lengths_B, drafts, draw):
-  """(caches of the modules, int32 [B, D], their probabilities [B, D, V])."""
+def _draft(model, weights, mtp, window, lengths_B, live_B, drafts, draw):
+  """(caches, int32 [B, D], their probabilities [B, D, V], loads [E]).
+
+  Caches and loads are of each module.
+  """
   M, W = len(mtp), window.tokens_BW.shape[1]
+  counts = [None] * M
   hidden, last_B, mtp = window.hidden_BWD, window.last_B, list(mtp)
   positions = (lengths_B - 1 - last_B)[:, None] + jnp.arange(W)
   tokens = jnp.pad(window.tokens_BW, ((0, 0), (0, drafts)))
+  known_BW = live_B[:, None] & (jnp.arange(W) <= last_B[:, None])
+  known_BW &= positions >= 0
   chosen, probs = [], []
   for j in range(1, drafts + 1):
     if j <= M:
-      ahead, at = tokens[:, j - 1 : j - 1 + W], positions
+      ahead, at, mask = tokens[:, j - 1 : j - 1 + W], positions, known_BW
     else:
       ahead, at = chosen[-1][:, None], lengths_B[:, None] - 1 + j - M
+      mask = live_B[:, None]
     k = min(j, M)
-    hidden, mtp[k - 1] = model.apply(
-      weights, k, hidden, ahead, at, mtp[k - 1], method='extend_ahead'
+    hidden, mtp[k - 1], counts_E = model.apply(
+      weights,
+      k,
+      hidden,
+      ahead,
+      at,
+      mask.astype(jnp.float32),
+      mtp[k - 1],
+      method='extend_ahead',
     )
+    more = j > M and counts_E is not None
+    counts[k - 1] = counts[k - 1] + counts_E if more else counts_E
     final = _at(hidden, last_B) if j <= M else hidden
     if j >= M:
       hidden = final  # What comes next goes on from the last position.
@@ -118,7 +138,7 @@ def _draft(model, weights, mtp, window, lengths_B, drafts, draw):
     chosen.append(token_B)
     probs.append(probs_BV)
     tokens = tokens.at[jnp.arange(len(token_B)), last_B + j].set(token_B)
-  return tuple(mtp), jnp.stack(chosen, 1), jnp.stack(probs, 1)
+  return tuple(mtp), jnp.stack(chosen, 1), jnp.stack(probs, 1), counts
 
 
 def _pass(model, weights, carry, drafts, how, stop_ids):
@@ -135,8 +155,8 @@ def _pass(model, weights, carry, drafts, how, stop_ids):
       return jnp.argmax(logits_BV, -1).astype(jnp.int32), probs_BV
     return sampling.draw(keys[:, j], probs_BV), probs_BV
 
-  mtp, drafted_BD, draft_probs = _draft(
-    model, weights, cache.mtp, window, n_B, drafts, draw
+  mtp, drafted_BD, draft_probs, counts = _draft(
+    model, weights, cache.mtp, window, n_B, live_B, drafts, draw
   )
   T = drafts + 1
   hidden, layers, load = model.apply(
@@ -157,15 +177,15 @@ def _pass(model, weights, carry, drafts, how, stop_ids):
   new_BT = jnp.pad(drafted_BD, ((0, 0), (0, 1)))
   new_BT = jnp.where(step == count_B[:, None], next_B[:, None], new_BT)
   valid_BT = (step <= count_B[:, None]) & live_B[:, None]
-  rows, out_BT = decode_lib.emit(rows, new_BT, valid_BT, stop_ids)
+  rows, out_BT, taken_B = decode_lib.emit(rows, new_BT, valid_BT, stop_ids)
   cache = cache._replace(
     layers=layers, mtp=mtp, lengths_B=n_B + live_B * (count_B + 1)
   )
-  load_LE = load_LE if load is None else load_LE + load
+  load_LE = prefill.add_load(load_LE, load, counts)
   return Carry(
     decode_lib.Carry(cache, rows, load_LE),
     _slide(window, hidden, new_BT, live_B, count_B, len(mtp)),
-    _count(tally, live_B, count_B, drafts),
+    _count(tally, live_B, count_B, taken_B, drafts),
   ), out_BT
 
 
@@ -185,13 +205,14 @@ def _slide(window, hidden_BTD, new_BT, live_B, count_B, M):
   return jax.tree.map(keep_if_live, moved, window)
 
 
-def _count(tally, live_B, count_B, drafts):
+def _count(tally, live_B, count_B, taken_B, drafts):
   depth = jnp.arange(drafts)
-  live = live_B[:, None].astype(jnp.float32)
+  counts_BD = depth < taken_B[:, None]  # None of a row that is not live.
   return Tally(
-    tally.tried_D + (live * (depth <= count_B[:, None])).sum(0),
-    tally.accepted_D + (live * (depth < count_B[:, None])).sum(0),
-    tally.passes + live.sum(),
+    tally.tried_D + (counts_BD & (depth <= count_B[:, None])).sum(0),
+    tally.accepted_D + (counts_BD & (depth < count_B[:, None])).sum(0),
+    tally.passes + live_B.sum(),
+    tally.taken + taken_B.sum(),
   )
 
 

@@ -234,9 +234,10 @@ class Transformer(nn.Module):
     hidden_BTD: jax.Array,
     tokens_BT: jax.Array,
     positions_BT: jax.Array,
+    mask_BT: jax.Array,
     cache: Any,
     prefill: bool = False,
-  ) -> tuple[jax.Array, Any]:
+  ) -> tuple[jax.Array, Any, jax.Array | None]:
     """MTP module `depth`, from 1, on new tokens; the others as for `extend`.
 
     Args:
@@ -244,24 +245,25 @@ class Transformer(nn.Module):
       hidden_BTD: h^{k-1} at `positions_BT`.
       tokens_BT: t_{i+k} for position i.
       positions_BT: int32.
+      mask_BT: float32, 0 for what is not counted in the load.
       cache: of this module.
       prefill: see `MLA`.
 
     Returns:
-      h^k, and the cache.
+      h^k; the cache; float32 tokens per expert, [E], None without experts.
     """
     embeddings_BTD = embedding.lookup(self.embed, tokens_BT, self.dtype)
-    hidden_BTD, _, cache = self._layers()['mtp'][0].apply(
+    hidden_BTD, stats, cache = self._layers()['mtp'][0].apply(
       self._one('mtp', depth - 1),
       hidden_BTD,
       embeddings_BTD,
       positions_BT,
       None,
-      jnp.ones(tokens_BT.shape, jnp.float32),
+      mask_BT,
       cache,
       prefill,
     )
-    return hidden_BTD, cache
+    return hidden_BTD, cache, stats.counts_E if stats else None
 
   def _one(self, name: str, i: int) -> Any:
     """The collections of one layer, of stacked arrays or lists of layers."""
