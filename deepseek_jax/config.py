@@ -321,7 +321,8 @@ class ModelConfig:
 class FP8Config:
   """FP8 linears (V3 sections 3.3.1 to 3.3.3); the defaults are V3's recipe.
 
-  A format is written e4m3, e5m2, e5m6, e8m7 (bfloat16), or as any such pair.
+  A format is written e4m3, e5m2, e5m6, e8m7 (bfloat16), or as any such pair;
+  hopper14 takes operands of at most 3 mantissa bits.
   """
 
   enabled: bool = False  # Linears in FP8; where: attention, dense, experts.
@@ -381,11 +382,11 @@ def _format(field: str, value: str) -> None:
   match = re.fullmatch(r'e(\d+)m(\d+)(fn)?', value)
   E, M = (int(match[1]), int(match[2])) if match else (0, 0)
   _require(
-    2 <= E <= 8 and 1 <= M <= 12 and E + M <= 15,
+    2 <= E <= 8 and 1 <= M <= 12 and E + M <= 15 and not (E == 8 and match[3]),
     field,
     value,
     'use e4m3, e5m2, e5m6, e8m7, or another eXmY of at most 16 bits, with 2 to '
-    '8 exponent and 1 to 12 mantissa bits',
+    '8 exponent and 1 to 12 mantissa bits, and eXmYfn up to 7',
   )
 
 

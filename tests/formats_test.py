@@ -85,7 +85,9 @@ class FormatsTest(parameterized.TestCase):
     codes = np.asarray(formats.encode(jnp.asarray(x), fmt))
     np.testing.assert_array_equal(codes.view(bits), expected.view(bits))
 
-  @parameterized.parameters('e4m3', 'e5m2', 'e5m6', 'e3m4', 'e4m3_ieee')
+  @parameterized.parameters(
+    'e4m3', 'e5m2', 'e5m6', 'e3m4', 'e4m3_ieee', 'e7m8', 'e8m3', 'e8m7'
+  )
   def test_every_code_survives(self, name):
     fmt = _format(name)
     codes = np.arange(2**fmt.bits).astype(
@@ -95,6 +97,10 @@ class FormatsTest(parameterized.TestCase):
     values = formats.decode(stored, fmt)
     again = np.asarray(formats.encode(values, fmt)).view(codes.dtype)
     number = ~np.isnan(np.asarray(values))
+    if fmt.exponent_bits == 8:  # CPUs take float32's subnormals for zeros.
+      number &= (codes % 2 ** (fmt.bits - 1) >= 2**fmt.mantissa_bits) | (
+        np.asarray(values) == 0
+      )
     np.testing.assert_array_equal(again[number], codes[number])
     finite = np.unique(np.asarray(values)[np.isfinite(values)])
     np.testing.assert_array_equal(finite, np.unique(_numbers(fmt)))
@@ -102,13 +108,13 @@ class FormatsTest(parameterized.TestCase):
       expected = codes.view(_LIBRARY[name]).astype(np.float32)
       np.testing.assert_array_equal(values, expected)
 
-  @parameterized.parameters('e4m3', 'e5m2', 'e5m6', 'e3m4fn', 'e8m7')
+  @parameterized.parameters('e4m3', 'e5m2', 'e5m6', 'e3m4fn', 'e8m3', 'e8m7')
   def test_beyond_the_format(self, name):
     fmt = formats.parse(name)
-    x = jnp.array([1e38, -1e38, jnp.inf, -jnp.inf, jnp.nan])
+    largest = np.finfo(np.float32).max
+    x = jnp.array([largest, -largest, jnp.inf, -jnp.inf, jnp.nan])
     result = np.asarray(formats.decode(formats.encode(x, fmt), fmt))
-    if fmt.exponent_bits < 8:
-      np.testing.assert_array_equal(result[:2], [fmt.max, -fmt.max])
+    np.testing.assert_array_equal(result[:2], [fmt.max, -fmt.max])
     infinite = [np.nan, np.nan] if fmt.finite else [np.inf, -np.inf]
     np.testing.assert_array_equal(result[2:], [*infinite, np.nan])
 
@@ -131,12 +137,8 @@ class FormatsTest(parameterized.TestCase):
     self.assertEqual(float(ceil[4]), np.inf)
     self.assertEqual(float(floor[4]), 2.0**127)
     chex.assert_trees_all_equal(ceil[6:], floor[6:], x[6:])
-    exact = jnp.array([0.25, 1.0, 2.0**-120])
-    np.testing.assert_array_equal(
-      formats.to_e8m0(exact).astype(jnp.float32), exact
-    )
 
-  @parameterized.parameters('fp8', 'e9m3', 'e4m0', 'e8m8', 'E4M3', '')
+  @parameterized.parameters('fp8', 'e9m3', 'e4m0', 'e8m8', 'e8m3fn', 'E4M3', '')
   def test_refused(self, name):
     with self.assertRaisesRegex(ValueError, 'choose'):
       formats.parse(name)

@@ -51,6 +51,21 @@ class DotTest(parameterized.TestCase):
     result = jax.jit(fp8_matmul.dot)(a, b)
     tolerances.assert_close(result, _exact(a, b), tolerances.FLOAT32_MATH)
 
+  @parameterized.parameters('e8m7', 'e7m8', 'e8m3', 'e7m3fn', 'e6m3fn')
+  def test_a_product_of_a_wide_format_is_finite(self, name):
+    fmt, arrays = formats.parse(name), (_draw(8, 256), _draw(256, 8, seed=1))
+    arrays[0][3] = 0
+    a, b = (
+      quantize.quantize(jnp.asarray(x), tile, fmt)
+      for x, tile in zip(arrays, _TILES['fprop'])
+    )
+    y = fp8_matmul.dot(a, b)
+    tolerances.assert_close(y, _exact(a, b), tolerances.FLOAT32_MATH)
+    rung = (
+      tolerances.FP8_TILES if fmt.mantissa_bits == 3 else (tolerances.BFLOAT16)
+    )
+    tolerances.assert_close(y, np.matmul(*arrays), rung)
+
   def test_why_sums_are_promoted(self):
     """V3 section 3.3.2: an error of nearly 2 % at K = 4096, without."""
     a, b = _operands(64, 4096, 64, _TILES['tensor'])
@@ -63,32 +78,31 @@ class DotTest(parameterized.TestCase):
     self.assertBetween(errors[0], 0.01, 0.025)
     self.assertLess(errors[128], errors[0] / 10)
 
-  def test_a_tensor_core_by_hand(self):
-    """One instruction: 13 places below the largest product, downwards."""
-    a = np.zeros((1, 32), np.float32)
-    a[0, :3] = [256, 2**-5, -(2**-5)]
-    b = np.ones((32, 1), np.float32)
+  @parameterized.parameters(
+    # 2^8's last place is 2^-5: both survive; of half of it, nothing or all.
+    ([256, 2**-5, -(2**-5)], [], 256),
+    ([256, 2**-6, -(2**-6)], [], 256 - 2**-5),
+    # A second instruction aligns its products to their own largest, and then
+    # the sum loses what is below 2^8's last place, towards zero.
+    ([256], [2**-6, 2**-6], 256 + 2**-5),
+    ([256], [2**-6], 256),
+    ([-256], [-(2**-6)], -256),
+  )
+  def test_a_tensor_core_by_hand(self, first, second, expected):
+    """13 places below the largest product, downwards."""
+    a = np.zeros((1, 64), np.float32)
+    a[0, : len(first)], a[0, 32 : 32 + len(second)] = first, second
+    ones = jnp.ones((1, 1))
     q = [
       quantize.Quantized(
         formats.encode(jnp.asarray(x), formats.E4M3),
-        jnp.ones((1, 1)),
+        ones,
         quantize.WHOLE,
         formats.E4M3,
       )
-      for x in (a, b)
+      for x in (a, np.ones((64, 1), np.float32))
     ]
-    # 2^8's last place is 2^-5: both survive; of half of it, nothing or all.
-    y = fp8_matmul.dot(*q, _HOPPER)
-    self.assertEqual(float(y[0, 0]), 256)
-    a[0, 1:3] = [2**-6, -(2**-6)]
-    q[0] = quantize.Quantized(
-      formats.encode(jnp.asarray(a), formats.E4M3),
-      jnp.ones((1, 1)),
-      quantize.WHOLE,
-      formats.E4M3,
-    )
-    y = fp8_matmul.dot(*q, _HOPPER)
-    self.assertEqual(float(y[0, 0]), 256 - 2**-5)
+    self.assertEqual(float(fp8_matmul.dot(*q, _HOPPER)[0, 0]), expected)
 
   def test_short_sums_are_exact_in_a_tensor_core(self):
     a, b = _operands(5, 1, 7, _TILES['tensor'])
@@ -112,6 +126,9 @@ class DotTest(parameterized.TestCase):
       fp8_matmul.dot(a, b, fp8_matmul.Accumulation('hopper14', 0))
     with self.assertRaisesRegex(ValueError, "accumulate='fp32': choose"):
       fp8_matmul.dot(a, b, fp8_matmul.Accumulation('fp32'))
+    wide = quantize.quantize(b.dequantize(), b.tile, formats.E5M6)
+    with self.assertRaisesRegex(ValueError, "hopper14': b is e5m6.*choose"):
+      fp8_matmul.dot(a, wide, _HOPPER)
     turned = quantize.quantize(jnp.ones((4, 256)), quantize.COLUMN_TILE)
     with self.assertRaisesRegex(ValueError, 'a has tiles of 1 .*quantise'):
       fp8_matmul.dot(turned, b)

@@ -2,7 +2,7 @@
 
 A `Format` is a sign, exponent bits and mantissa bits.  `round_to` gives the
 nearest number of a format, as float32; `encode` and `decode` store it in as
-many bits.  `E8M0` holds scales: powers of two, without sign and mantissa.
+many bits.
 """
 
 import dataclasses
@@ -21,10 +21,11 @@ class Format:
     exponent_bits: 2 to 8.
     mantissa_bits: 1 to 12, without the leading one.
     finite: the top exponent holds numbers too, and only its last code is NaN
-      ('fn'); otherwise it holds infinities and NaNs, as in IEEE 754.
+      ('fn'); otherwise it holds infinities and NaNs, as in IEEE 754.  Not with
+      8 exponent bits, whose numbers would go beyond float32's.
 
   Raises:
-    ValueError: if there are too few or too many bits.
+    ValueError: if there are too few or too many bits, or numbers too large.
   """
 
   exponent_bits: int
@@ -37,6 +38,10 @@ class Format:
       raise ValueError(
         f'format e{E}m{M}: choose 2 to 8 exponent bits and 1 to 12 mantissa '
         'bits, 15 together'
+      )
+    if self.finite and E == 8:
+      raise ValueError(
+        f'format e{E}m{M}fn: its maximum is beyond float32; choose e{E}m{M}'
       )
 
   def __str__(self):
@@ -119,7 +124,8 @@ def round_to(x: jax.Array, fmt: Format) -> jax.Array:
 
   Args:
     x: float32 or narrower.
-    fmt: the format; its subnormals are kept.
+    fmt: the format; its subnormals are kept, but for those of 8 exponent bits
+      where a device, as a CPU, takes float32's for zeros.
   """
   x = x.astype(jnp.float32)
   if fmt.exponent_bits == 8:  # Those of float32: only the mantissa is shorter.
@@ -145,10 +151,11 @@ def encode(x: jax.Array, fmt: Format) -> jax.Array:
   M, is_negative = fmt.mantissa_bits, jnp.signbit(rounded)
   bits = lax.bitcast_convert_type(jnp.abs(rounded), jnp.int32)
   # Exponent and mantissa lie side by side: a new bias and a shift move both.
-  normal = (bits >> (23 - M)) - ((127 - fmt.bias) << M)
-  subnormal = jnp.abs(rounded) * 2.0 ** (M - fmt.min_exponent)
-  is_normal = _exponent(rounded) >= fmt.min_exponent
-  code = jnp.where(is_normal, normal, subnormal.astype(jnp.int32))
+  code = (bits >> (23 - M)) - ((127 - fmt.bias) << M)
+  if fmt.exponent_bits < 8:  # Else subnormals are float32's own.
+    subnormal = jnp.abs(rounded) * 2.0 ** (M - fmt.min_exponent)
+    is_normal = _exponent(rounded) >= fmt.min_exponent
+    code = jnp.where(is_normal, code, subnormal.astype(jnp.int32))
   top = (2**fmt.exponent_bits - 1) << M
   nan = top | (2**M - 1 if fmt.finite else 2 ** (M - 1))
   code = jnp.where(jnp.isinf(rounded), top, code)
@@ -169,11 +176,12 @@ def decode(codes: jax.Array, fmt: Format) -> jax.Array:
   M, codes = fmt.mantissa_bits, codes.astype(jnp.int32)
   magnitude = codes & (2 ** (fmt.bits - 1) - 1)
   field, mantissa = magnitude >> M, magnitude & (2**M - 1)
-  normal = lax.bitcast_convert_type(
+  value = lax.bitcast_convert_type(
     (magnitude + ((127 - fmt.bias) << M)) << (23 - M), jnp.float32
   )
-  subnormal = mantissa * jnp.float32(2.0 ** (fmt.min_exponent - M))
-  value = jnp.where(field == 0, subnormal, normal)
+  if fmt.exponent_bits < 8:
+    subnormal = mantissa * jnp.float32(2.0 ** (fmt.min_exponent - M))
+    value = jnp.where(field == 0, subnormal, value)
   top = 2**fmt.exponent_bits - 1
   if fmt.finite:
     is_nan = magnitude == (top << M | (2**M - 1))
@@ -196,8 +204,3 @@ def ceil_power_of_two(x: jax.Array) -> jax.Array:
 def floor_power_of_two(x: jax.Array) -> jax.Array:
   """2^floor(log2 x) of positive normal float32; NaN and infinity stay."""
   return jnp.where(jnp.isfinite(x), _power_of_two(_exponent(x)), x)
-
-
-def to_e8m0(scales: jax.Array) -> jax.Array:
-  """Powers of two in one byte each: float8_e8m0fnu; others are rounded."""
-  return scales.astype(jnp.float8_e8m0fnu)

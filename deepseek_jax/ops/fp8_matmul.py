@@ -18,6 +18,7 @@ from deepseek_jax.ops.quantize import BLOCK, Quantized
 
 # A tensor core adds so many products at once, aligned to the largest of them.
 _INSTRUCTION_K = 32
+_MANTISSA_BITS = 3  # Of its operands, at most.
 _FRACTION_BITS = 13  # Kept of an aligned product, and of the accumulator.
 
 
@@ -25,7 +26,8 @@ class Accumulation(NamedTuple):
   """How partial sums are formed.
 
   Attributes:
-    kind: 'exact': float32 products and sums.  'hopper14': emulated.
+    kind: 'exact': float32 products and sums.  'hopper14': emulated, of E4M3,
+      E5M2 and narrower formats.
     promote: the inner length after which a partial sum goes into float32;
       V3's N_C = 128.  0: never, which needs scales that are constant along it.
   """
@@ -49,8 +51,9 @@ def dot(
     dtype: of the result, rounded once.
 
   Raises:
-    ValueError: if a tile is of another size along K, or if the sum is to be
-      promoted more rarely than the scales change.
+    ValueError: if a tile is of another size along K, if the sum is to be
+      promoted more rarely than the scales change, or if no tensor core takes
+      the formats that one is to be emulated for.
   """
   K = a.shape[1]
   step = accumulation.promote or K
@@ -88,6 +91,11 @@ def _check(a_mT: Quantized, b: Quantized, accumulation: Accumulation) -> None:
       raise ValueError(
         f'promote={promote}: the scales of {name} change every {BLOCK}; choose '
         f'a divisor of {BLOCK}, or scales of the whole tensor'
+      )
+    if kind == 'hopper14' and q.fmt.mantissa_bits > _MANTISSA_BITS:
+      raise ValueError(
+        f'accumulate={kind!r}: {name} is {q.fmt}, a tensor core takes three '
+        'mantissa bits at most; choose e4m3, e5m2, or exact'
       )
 
 

@@ -31,6 +31,9 @@ MIN_AMAX = 1e-4
 GRADIENT_MIN_AMAX = 0.0
 # 2^-126: normal in float32 and in E8M0, and so is its reciprocal.
 MIN_SCALE = 2.0**-126
+# A tile's amax is stored as this at most, which 6 exponent bits have: more
+# would leave float32 no room for products and their sums.
+_MAX_CODE = 2.0**33
 
 
 @functools.partial(
@@ -177,7 +180,8 @@ def scale_of(
     scale: 'float32': amax / fmt.max, V3's online scale.  'ceil': the power of
       two above it, so that nothing is clipped; V3.1's, and the dispatch's.
       'floor': the power of two of amax less that of fmt.max, as in the OCP
-      microscaling formats; values above fmt.max are clipped.
+      microscaling formats; values above fmt.max are clipped.  Instead of
+      fmt.max, 2^33 where it is more.
     min_amax: `amax` is taken as at least this; `GRADIENT_MIN_AMAX` for output
       gradients.
 
@@ -189,9 +193,9 @@ def scale_of(
     ValueError: for another `scale`.
   """
   amax = jnp.maximum(amax, min_amax)
-  largest = fmt.max
+  largest = min(fmt.max, _MAX_CODE)
   if scale == 'floor':
-    largest = 2.0 ** math.floor(math.log2(fmt.max))
+    largest = 2.0 ** math.floor(math.log2(largest))
     amax = formats.floor_power_of_two(amax)
   # Else XLA multiplies by the rounded reciprocal of a constant or scalar.
   largest = jax.lax.optimization_barrier(jnp.full_like(amax, largest))
