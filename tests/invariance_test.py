@@ -175,6 +175,8 @@ class StepTest(parameterized.TestCase):
     }
     expected = _run(make_config(**changes), make_batch())
     self.assertGreater(expected[0]['dropped'], 0)
+    biases = _variables(make_config(**changes).model)[1]
+    jax.tree.map(np.testing.assert_array_equal, expected[2], biases)
     longer = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, 3))), make_batch())
     shuffled = jax.tree.map(lambda x: x[[3, 1, 0, 2]], longer)
     config = make_config(train__micro_batch_size=2, **changes)
@@ -201,6 +203,13 @@ class StepTest(parameterized.TestCase):
     np.testing.assert_array_equal(
       after['moe_layers']['bias'], np.float32(0.5) + step_E
     )
+
+  @parameterized.parameters('aux_loss', 'none')
+  def test_without_its_balancing_the_bias_stays(self, balance):
+    config = make_config(model__moe__balance=balance)
+    before = {'moe_layers': {'bias': jnp.ones((1, 4))}}
+    after = step.update_router_state(before, {}, HYPER, config)
+    self.assertIs(after, before)
 
   def test_float16_is_refused(self):
     config = make_config(precision__compute_dtype='float16')

@@ -13,6 +13,7 @@ from deepseek_jax import config as config_lib
 from deepseek_jax import presets
 from deepseek_jax.layers import gqa, mla, moe
 from deepseek_jax.models import deepseek
+from deepseek_jax.training import step
 from tests import reference, tolerances
 from tests.drawn import draw
 
@@ -82,13 +83,27 @@ class TransformerTest(parameterized.TestCase):
       },
       True,
     ),
+    (
+      'bfloat16',
+      {'n_mtp_layers': 0},
+      True,
+      'bfloat16',
+      tolerances.BFLOAT16,
+    ),
   )
-  def test_every_head_count_and_loss(self, changes, masked):
+  def test_every_head_count_and_loss(
+    self,
+    changes,
+    masked,
+    dtype='float32',
+    rung=tolerances.COMPONENT_PARITY,
+  ):
     config = config_lib.replace(presets.tiny().model, changes)
     params, state = draw(config, (-1.0, 0.3))
     rng = np.random.default_rng(0)
     tokens = rng.integers(config.vocab_size, size=_SEGMENTS.shape)
-    model = deepseek.Transformer(config, mask_documents=masked)
+    precision = config_lib.PrecisionConfig(dtype)
+    model = deepseek.Transformer(config, precision, mask_documents=masked)
     output = jax.jit(model.apply)(
       {'params': params, 'router_state': state}, tokens, _SEGMENTS
     )
@@ -107,7 +122,7 @@ class TransformerTest(parameterized.TestCase):
         tolerances.assert_close(
           head[b, :end],
           exact[b][0][k][:end],
-          tolerances.COMPONENT_PARITY,
+          rung,
           f'depth {k}',
         )
     for name, stats in output.stats.items():
@@ -115,9 +130,7 @@ class TransformerTest(parameterized.TestCase):
       np.testing.assert_array_equal(stats.counts_E, counts, name)
       np.testing.assert_array_equal(stats.dropped, 0, name)
     balance = sum(s.balance_loss.sum() for s in output.stats.values())
-    tolerances.assert_close(
-      balance, sum(sum(e[2]) for e in exact), tolerances.COMPONENT_PARITY
-    )
+    tolerances.assert_close(balance, sum(sum(e[2]) for e in exact), rung)
 
   @parameterized.parameters(1, 2, 3)
   def test_mtp_mask_ends_with_the_document(self, k):
@@ -134,9 +147,13 @@ class TransformerTest(parameterized.TestCase):
       model = deepseek.Transformer(config)
       variables = {'params': params, 'router_state': state}
       tokens = np.arange(6).reshape(1, 6)
-      logits = model.apply(variables, tokens, method='logits')
+
+      def both(variables, tokens, model=model):
+        logits = model.apply(variables, tokens, method='logits')
+        return logits, model.apply(variables, tokens).hidden_BTD
+
+      logits, hidden = jax.jit(both)(variables, tokens)
       chex.assert_shape(logits, (1, 6, config.vocab_size))
-      hidden = model.apply(variables, tokens).hidden_BTD
       tolerances.assert_close(
         logits,
         np.float64(hidden) @ params['embed' if tied else 'head'].T,
@@ -146,11 +163,10 @@ class TransformerTest(parameterized.TestCase):
   def test_initial_values(self):
     """N(0, init_std) matrices, unit norms, zero biases; layers differ."""
     config = presets.tiny().model
-    init = jax.jit(deepseek.Transformer(config).init)
-    variables = init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    boxed = variables['params']['moe_layers']['ffn']['w1']
+    model = step.build_model(presets.tiny())
+    boxed = step.declare(model)['params']['moe_layers']['ffn']['w1']
     self.assertEqual(boxed.names, ('layers', 'experts', 'dim', 'mlp'))
-    variables = nn.meta.unbox(variables)
+    variables = step.init_variables(model, seed=0)
 
     def check(path, x):
       name = path[-1].key
@@ -166,6 +182,44 @@ class TransformerTest(parameterized.TestCase):
     jax.tree_util.tree_map_with_path(check, variables)
     w1 = variables['params']['moe_layers']['ffn']['w1']
     self.assertGreater(jnp.abs(w1[0] - w1[1]).max(), config.init_std)
+
+
+class MoELayerTest(parameterized.TestCase):
+  @parameterized.parameters(
+    {'capacity_factor': 0.75, 'aux_loss': 'gshard', 'balance': 'aux_loss'},
+    {'balance': 'none'},
+  )
+  def test_equations(self, **changes):
+    base = presets.tiny().model
+    config = dataclasses.replace(
+      base, moe=dataclasses.replace(base.moe, **changes)
+    )
+    params, state = draw(config, (-1.0, 0.3))
+    p, s = _layer((params['moe_layers'], state['moe_layers']), 0)
+    p, bias = p['ffn'], s['ffn']['bias']
+    mask = (_SEGMENTS > 0).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal((*mask.shape, config.dim))
+    layer = moe.MoE(config, config_lib.PrecisionConfig('float32'))
+    y, stats = jax.jit(layer.apply)(
+      {'params': p, 'router_state': s['ffn']}, jnp.float32(x), mask
+    )
+    counts, dropped, loss = 0, 0, 0.0
+    for b in range(2):
+      row, count, (chosen_of, scores_of) = reference.moe_ffn(
+        _float64(p), np.float64(bias), x[b], config, mask[b]
+      )
+      real = mask[b] > 0
+      tolerances.assert_close(y[b, real], row[real], tolerances.FLOAT32_MATH)
+      counts += count
+      dropped += len(reference.over_capacity(chosen_of, mask[b], config.moe))
+      if config.moe.balance != 'none':
+        loss += reference.balance_loss(
+          chosen_of, scores_of, mask[b], config.moe
+        )
+    np.testing.assert_array_equal(stats.counts_E, counts)
+    self.assertEqual(stats.dropped, dropped)
+    self.assertEqual(dropped > 0, config.moe.capacity_factor > 0)
+    tolerances.assert_close(stats.balance_loss, loss, tolerances.FLOAT32_MATH)
 
 
 class GateTest(parameterized.TestCase):

@@ -122,21 +122,37 @@ def route(logits, bias, moe):
   return chosen, moe.route_scale * scores[chosen] / total, scores
 
 
+def over_capacity(chosen_of, mask, moe):
+  """The choices (t, k) that one row's experts have no room for (GShard).
+
+  First choices come before second ones, earlier tokens before later ones.
+  """
+  E, K = moe.n_routed_experts, moe.n_activated_experts
+  room = [math.ceil(moe.capacity_factor * K * sum(mask) / E)] * E
+  lost = set()
+  for k in range(K) if moe.capacity_factor else ():
+    for t, chosen in enumerate(chosen_of):
+      if mask[t]:
+        room[chosen[k]] -= 1
+        if room[chosen[k]] < 0:
+          lost.add((t, k))
+  return lost
+
+
 def moe_ffn(p, bias, x, config, mask):
   """One row x [T, D]: output, counts [E], the row's balance statistics."""
   moe = config.moe
   out, counts = np.zeros_like(x), np.zeros(moe.n_routed_experts)
-  chosen_of, scores_of = [], []
+  routed = [route(h @ p['gate'], bias, moe) for h in x]
+  chosen_of, weights_of, scores_of = zip(*routed)
+  lost = over_capacity(chosen_of, mask, moe)
   for t, h in enumerate(x):
-    chosen, weights, scores = route(h @ p['gate'], bias, moe)
-    for e, weight in zip(chosen, weights):
+    for k, (e, weight) in enumerate(zip(chosen_of[t], weights_of[t])):
       expert = {w: p[w][e] for w in ('w1', 'w2', 'w3')}
-      out[t] += weight * swiglu(expert, h)
+      out[t] += ((t, k) not in lost) * weight * swiglu(expert, h)
       counts[e] += mask[t]
     if moe.n_shared_experts:
       out[t] += swiglu(p['shared'], h)
-    chosen_of.append(chosen)
-    scores_of.append(scores)
   return out, counts, (chosen_of, scores_of)
 
 
