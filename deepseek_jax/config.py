@@ -539,7 +539,7 @@ class ParallelConfig:
   """
 
   data: int = 1  # Copies of the model.
-  fsdp: int = 1  # Parts of each matrix, collected layer by layer.
+  fsdp: int = 1  # Parts of each matrix; with stages, of what is stored alone.
   node: int = 1  # Nodes that divide the experts.
   expert: int = 1  # Devices of a node that divide its experts.
   stage: int = 1  # Pipeline ranks.

@@ -58,9 +58,9 @@ def _plan_schedule() -> None:
 
   schedule = schedules.make(_SCHEDULE.value, _RANKS.value, _MICROBATCHES.value)
   run = simulate.simulate(schedule, _costs())
-  print(timeline.text(run))
   if _OUT.value:
     timeline.draw(run, _OUT.value)
+  print(timeline.text(run))
 
 
 def _plan_run() -> None:
@@ -72,7 +72,15 @@ def _plan_run() -> None:
   if parallel.stage > 1:
     count = communication.microbatches(config)
     schedule = schedules.make(parallel.schedule, parallel.stage, count)
+    _check(config)
   print(report.text(config, _DEVICE.value, schedule))
+
+
+def _check(config) -> None:
+  """Refuses stages that a run would refuse, which knows every shape."""
+  from deepseek_jax.training import layout, step
+
+  layout.places(step.declare(step.build_model(config)), config.parallel)
 
 
 def main() -> None:

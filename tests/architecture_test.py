@@ -33,9 +33,10 @@ _MAY_IMPORT = {
   'posttraining': ('posttraining', 'training', 'inference', 'models', 'ops',
                    'data', 'config'),
   'convert': ('convert', 'models', 'ops', 'config'),
-  'planner': ('planner', 'config', 'parallel.schedules', 'parallel.simulate'),
+  'planner': ('planner', 'config', 'parallel.schedules', 'parallel.simulate',
+              'parallel.ticks'),
 }  # fmt: skip
-_PURE = ('config', 'parallel.schedules', 'parallel.simulate')
+_PURE = ('config', 'parallel.schedules', 'parallel.simulate', 'parallel.ticks')
 
 
 def _modules() -> dict[str, pathlib.Path]:

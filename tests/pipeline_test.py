@@ -177,6 +177,15 @@ class GradientsTest(parameterized.TestCase):
       (grads, stats['wide'], report), expected, tolerances.COMPONENT_PARITY
     )
 
+  def test_messages_wrap_only_where_a_chunk_follows(self):
+    for name, links in ('1f1b', [(0, 1), (1, 2)]), (
+      'interleaved', [(2, 0), (0, 1), (1, 2)]
+    ):  # fmt: skip
+      table = ticks.build(schedules.make(name, 3, 6))
+      self.assertEqual(table.links('y_up'), links)
+      back = [(b, a) for a, b in links]
+      self.assertCountEqual(table.links('g_down'), back)
+
   def test_parameters_are_stored_in_parts(self):
     """Each rank has a part of every matrix, and gives back that of its sum."""
     run, args = _Case('1f1b', 4, 4).make()
@@ -363,11 +372,15 @@ class PlacementTest(parameterized.TestCase):
     ((6, 8, 5), True, P(None, 'stage', None)),
     ((8, 16), True, P()),
     ((8, 6), False, P('stage', None)),
-    ((6, 7, 5), True, P()),
   )
   def test_division_at_rest(self, shape, is_stack, expected):
     sizes = {'stage': 4, 'data': 1}
     self.assertEqual(placement.divide(P(), shape, sizes, is_stack), expected)
+
+  def test_a_matrix_that_no_rank_can_have_a_part_of(self):
+    sizes = {'stage': 4, 'fsdp': 2}
+    with self.assertRaisesRegex(ValueError, r'none of \[2, 5\] is a multiple'):
+      placement.divide(P(None, 'fsdp'), (8, 4, 5), sizes, True)
 
   def test_a_dimension_may_be_divided_already(self):
     sizes = {'stage': 2, 'expert': 4}

@@ -1,8 +1,10 @@
 """A pipelined training step is one device's, whatever the schedule."""
 
+import collections
 import dataclasses
 import functools
 import json
+import math
 import re
 import tempfile
 
@@ -17,8 +19,8 @@ from deepseek_jax import config as config_lib
 from deepseek_jax import presets
 from deepseek_jax.evaluation import perplexity
 from deepseek_jax.parallel import schedules
-from deepseek_jax.planner import memory
-from deepseek_jax.training import checkpoint, optimizer, pipelined
+from deepseek_jax.planner import communication, memory, placement
+from deepseek_jax.training import checkpoint, holdings, optimizer, pipelined
 from deepseek_jax.training import layout as layout_lib
 from deepseek_jax.training import schedules as training_schedules
 from deepseek_jax.training import step as step_lib
@@ -323,24 +325,47 @@ def _carried(eqn):
   return sum(v.aval.size * v.aval.dtype.itemsize for v in carry)
 
 
+def _sent(found, sizes):
+  """Bytes that a device sends once a step, by axes; sums of a few left out."""
+  total = collections.Counter()
+  for eqn, around in found:
+    name, params = eqn.primitive.name, eqn.params
+    axes = params.get('axis_name', params.get('axes', ()))
+    axes = [a for a in np.atleast_1d(axes) if sizes.get(a, 1) > 1]
+    if 'scan' in around or not axes or name == 'axis_index':
+      continue
+    n = math.prod(sizes[a] for a in axes)
+    arrays = eqn.outvars if name == 'all_gather' else eqn.invars
+    times = 2 if name.startswith('psum') else 1
+    size = sum(v.aval.size * v.aval.dtype.itemsize for v in arrays)
+    total['+'.join(axes)] += times * size * (n - 1) / n
+  return total
+
+
 @pytest.mark.slow
-class MemoryTest(parameterized.TestCase):
-  @parameterized.parameters('zb_h1', 'dualpipe')
-  def test_the_planner_counts_what_the_loop_carries(self, name):
+class PlanTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ('zb_h1', 'parallel.fsdp', False), ('dualpipe', 'parallel.expert', True)
+  )
+  def test_the_planner_counts_what_the_program_holds_and_sends(
+    self, name, axis, zero1
+  ):
     """Gradients, residuals and cuts, of layers wide enough to matter."""
     wide = (
       ('model.dim', 128),
       ('model.inter_dim', 256),
       ('model.moe.moe_inter_dim', 64),
-      ('parallel.expert', 2),
       ('data.seq_len', 128),
+      (axis, 2),
+      ('parallel.zero1', zero1),
     )
     config = _Case(name, 4, wide).config
     model = step_lib.build_model(config)
+    declared, layout = step_lib.declare(model), _layout(model, config)
     gradients = step_lib.make_gradients(
-      model, config, step_lib.pretrain_loss, _layout(model, config)
+      model, config, step_lib.pretrain_loss, layout
     )
-    variables = nn.meta.unbox(step_lib.declare(model))
+    variables = nn.meta.unbox(declared)
     batch = _batch(config, 0)
     traced = jax.make_jaxpr(gradients)(
       variables['params'],
@@ -352,10 +377,23 @@ class MemoryTest(parameterized.TestCase):
     schedule = pipelined.make_schedule(config.parallel, 8)
     plan = memory.of_program(config, schedule)
     planned = plan.gradients + plan.activations + plan.deferred
-    found = jaxprs.equations(traced.jaxpr)
+    found = list(jaxprs.equations(traced.jaxpr))
     scans = (eqn for eqn, _ in found if eqn.primitive.name == 'scan')
     carried = max(map(_carried, scans))
     self.assertBetween(carried / planned, 0.9, 1.1)
+    room, _ = placement.of_program(config, schedule)
+    held = placement.held(config.model, [room])
+    expected = collections.Counter()
+    for t in communication.collected_traffic(config, held):
+      expected[t.axis] += t.sent
+    sent = _sent(found, layout.mesh.shape)
+    self.assertLen(expected, 2)
+    for axes, size in expected.items():
+      self.assertBetween(sent[axes] / size, 0.98, 1)  # But for vectors.
+    own = holdings.total(holdings.holdings(declared, config, layout))
+    self.assertBetween(own.state / plan.state, 1, 1.03)  # Vectors are whole.
+    self.assertBetween(own.copy / plan.weights, 0.999, 1)
+    self.assertBetween(own.gradients / plan.gradients, 0.999, 1)
 
 
 class ConfigTest(parameterized.TestCase):

@@ -10,7 +10,7 @@ from absl.testing import absltest, parameterized
 from deepseek_jax import config as config_lib
 from deepseek_jax import presets
 from deepseek_jax.parallel import placement as pipeline_placement
-from deepseek_jax.parallel import schedules, simulate
+from deepseek_jax.parallel import schedules, simulate, ticks
 from deepseek_jax.planner import (
   activations,
   communication,
@@ -241,7 +241,7 @@ class PlacementTest(parameterized.TestCase):
 
 
 class TrafficTest(parameterized.TestCase):
-  def test_stages_send_every_micro_batch_both_ways(self):
+  def test_stages_send_at_every_tick(self):
     config = _v3()
     schedule = _dualpipe(config)
     sent = [
@@ -249,17 +249,27 @@ class TrafficTest(parameterized.TestCase):
       for rank in range(16)
     ]
     vector = 4096 * 7168 * 2
-    # An end sends 60 forwards one way and 60 gradients the other way.
-    self.assertEqual(
-      sent, [120 * vector] + [240 * vector] * 14 + [120 * vector]
-    )
+    # Activations and gradients to each neighbour; it needs 240 of 696.
+    count = 174
+    self.assertLen(ticks.build(schedule).cells, count)
+    ends = [2 * count * vector]
+    self.assertEqual(sent, [*ends, *[4 * count * vector] * 14, *ends])
 
   def test_ranks_bring_their_stages_together(self):
-    held = placement.Held(routed=64 * 1000, other=600)
-    found = communication.collected_traffic(_v3(), held)
-    sent = [t.sent for t in found]
-    self.assertEqual(sent, [2 * 1600 * 15 / 16, 4 * 1600 * 15 / 16])
-    self.assertEqual(sent, [t.crossing for t in found])
+    """Without ZeRO-1 their parts are summed; pipelined_test.py: with it."""
+    held, config = (
+      placement.Held(64 * 1000, 600),
+      _v3(**{'parallel.zero1': False}),
+    )
+    found = communication.collected_traffic(config, held)
+    stage = [t for t in found if t.axis == 'stage']
+    self.assertEqual(sum(t.sent for t in stage), (2 + 4) * 1600 * 15 / 16)
+    self.assertTrue(all(t.sent == t.crossing for t in stage))
+    total = placement.held(config.model, placement.stages(config.model, 1))
+    sums = [t.sent for t in found if t.axis != 'stage']
+    self.assertEqual(
+      sums, [8 * total.other / 16 * 127 / 128, 8 * total.routed / 64 / 16 / 2]
+    )
 
   def test_zero1_sends_less_than_an_all_reduce(self):
     config = _v3()
@@ -425,6 +435,14 @@ class CommandTest(parameterized.TestCase):
     (('--preset=tiny', '--device=a100'), 'use one of h800'),
     (('--preset=tiny', '--parallel.stage=4'), 'the nearest is 8'),
     (('--preset=tiny', '--parallel.expert=3'), 'must divide'),
+    (
+      (
+        '--preset=deepseek_v2_lite',
+        '--parallel.stage=3',
+        '--parallel.schedule=1f1b',
+      ),
+      'use one of 1, 2, 4\n',
+    ),
     (('--preset=tiny', '--ranks=4'), '--ranks is of the plan of a schedule'),
     (
       ('--schedule=dualpipe', '--device=h100'),

@@ -288,15 +288,12 @@ class _Rank:
 
   def _exchange(self, carry, at, out, dy):
     """Sends to both neighbours, and puts what arrives into the inboxes."""
-    n = self._table.schedule.ranks
-    shifts = {'up': 1, 'down': -1}
     x, g = carry['x'], carry['g']
     for channel in self._table.channels:
-      what, way = channel.split('_')
-      value = out['y'] if what == 'y' else out['dx']
-      pairs = [(i, (i + shifts[way]) % n) for i in range(n)]
-      value = lax.ppermute(value, AXIS, pairs)
-      if what == 'y':
+      is_y = channel.startswith('y')
+      value = out['y'] if is_y else out['dx']
+      value = lax.ppermute(value, AXIS, self._table.links(channel))
+      if is_y:
         x = _write(x, at[channel], value)
       else:
         g = _write(g, at[channel], value)

@@ -94,13 +94,17 @@ def divide(
 ) -> PartitionSpec:
   """`spec` with the largest dimension that allows it divided over the stages.
 
-  Vectors and stacks of vectors stay whole.
+  Vectors and stacks of vectors stay whole.  A matrix that did would be as large
+  on every rank as without a pipeline, with both its moments.
 
   Args:
     spec: of the canonical array, without stages.
     shape: of the whole array.
     sizes: of the mesh axes.
     is_stack: the first dimension is that of the layers, which stays whole.
+
+  Raises:
+    ValueError: a matrix of which no dimension can be divided.
   """
   ranks, entries = sizes[AXIS], [_axes(entry) for entry in spec]
   entries += [()] * (len(shape) - len(entries))
@@ -108,8 +112,10 @@ def divide(
   local = [n // p for n, p in zip(shape, parts)]
   own = range(int(is_stack), len(shape))
   able = [i for i in own if local[i] % ranks == 0]
-  if ranks == 1 or len(own) < 2 or not able:
+  if ranks == 1 or len(own) < 2:
     return spec
+  if not able:
+    raise ValueError(f'none of {[local[i] for i in own]} is a multiple')
   best = max(able, key=lambda i: local[i])
   entries[best] = (*entries[best], AXIS)
   return PartitionSpec(*(axes or None for axes in entries))
@@ -122,14 +128,19 @@ def _axes(entry: Any) -> tuple[str, ...]:
 
 
 def _extra(stored: PartitionSpec, used: PartitionSpec):
-  """(dimension, axis) that divide what is stored, but not what is used."""
+  """(dimension, axis) that divide what is stored, but not what is used.
+
+  The stages come first, which are the innermost axis of their dimension: ranks
+  then exchange parts of their layers, which are collected over other axes.
+  """
   used = [*used, *[None] * len(stored)]
-  return [
+  extra = [
     (dim, axis)
     for dim, entry in enumerate(stored)
     for axis in reversed(_axes(entry))
     if axis not in _axes(used[dim])
   ]
+  return sorted(extra, key=lambda e: e[1] != AXIS)
 
 
 def collect(

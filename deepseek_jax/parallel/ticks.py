@@ -11,6 +11,7 @@ of its neighbours by part of a tick.  A tick takes as long as its slowest step.
 """
 
 import dataclasses
+import functools
 
 from deepseek_jax.parallel import schedules
 from deepseek_jax.parallel.schedules import (
@@ -98,6 +99,17 @@ class Table:
     used = {c for row in self.cells for cell in row for c in cell.arrivals}
     return tuple(c for c in CHANNELS if c in used)
 
+  def links(self, channel: str) -> list[tuple[int, int]]:
+    """(source, target): ranks between which a channel ever carries anything."""
+    ahead = 1 if channel.endswith('_up') else -1
+    targets = {
+      rank
+      for row in self.cells
+      for rank, cell in enumerate(row)
+      if channel in cell.arrivals
+    }
+    return [((t - ahead) % self.schedule.ranks, t) for t in sorted(targets)]
+
   def makespan(self, costs: Costs = EQUAL) -> float:
     """Time of all ticks, each as long as its slowest cell."""
     return sum(max(cell.cost(costs) for cell in row) for row in self.cells)
@@ -119,6 +131,7 @@ def stage_of(schedule: Schedule, rank: int, chunk: int) -> int:
   return schedule.places[rank, chunk][1]
 
 
+@functools.lru_cache(1)
 def build(schedule: Schedule) -> Table:
   """The table with the shortest makespan at equal costs."""
   tables = [_build(schedule, pair_ticks) for pair_ticks in (1, 2, 3)]

@@ -162,10 +162,10 @@ def of_layer(config: Config, is_moe: bool, rows: float) -> float:
   """Bytes that the backward pass of one layer takes while it runs.
 
   What it computes again, the gradients of all its results, its experts' rows
-  and their gradients, and its weights' gradients.  With FSDP also its gathered
-  weights, and as many weights and gradients again, of the layer that is being
-  gathered (`mesh.compiler_options`).  Attention's scores are taken to stay in a
-  kernel.
+  and their gradients, and its weights' gradients.  With FSDP and no pipeline
+  also its gathered weights, and as many weights and gradients again, of the
+  layer that is being gathered (`mesh.compiler_options`).  Attention's scores
+  are taken to stay in a kernel.
   """
   model, parallel = config.model, config.parallel
   width = formats.width(config)
@@ -176,7 +176,8 @@ def of_layer(config: Config, is_moe: bool, rows: float) -> float:
     total += rows * (model.dim + 2 * model.moe.moe_inter_dim) * width
     routed = parameters.routed_experts(model)
     own -= routed - routed // (parallel.node * parallel.expert)
-  return total + own * (2 * (4 + width) if parallel.fsdp > 1 else 4)
+  is_gathered = parallel.fsdp > 1 and parallel.stage == 1
+  return total + own * (2 * (4 + width) if is_gathered else 4)
 
 
 def of_heads(config: Config, stage: Stage) -> float:

@@ -10,7 +10,8 @@ import math
 from typing import NamedTuple
 
 from deepseek_jax.config import Config, ModelConfig, ParallelConfig
-from deepseek_jax.parallel.schedules import FORWARD, WEIGHT, Schedule
+from deepseek_jax.parallel import ticks
+from deepseek_jax.parallel.schedules import Schedule
 from deepseek_jax.planner import formats, placement
 from deepseek_jax.planner.devices import NODE, Device
 
@@ -146,7 +147,7 @@ def _collective(parallel, axes, what, held) -> list[Traffic]:
 def parameter_traffic(
   config: Config, held: placement.Held, forwards: int
 ) -> list[Traffic]:
-  """Gradients and weights of a device's stages, in a step.
+  """Gradients and weights of a device, in a step without a pipeline.
 
   Gradients are summed once over all copies, in float32: an all-reduce, or with
   ZeRO-1 a reduce-scatter, after which the new weights are gathered in the
@@ -154,12 +155,8 @@ def parameter_traffic(
   weights, and each backward pass scatters their gradients.
   """
   parallel, width = config.parallel, formats.width(config)
-  copies = [
-    ('', ('data', 'node', 'expert'), held.other),
-    (' of experts', ('data',), held.routed / (parallel.node * parallel.expert)),
-  ]
   result = []
-  for whose, axes, count in copies:
+  for whose, axes, count in _copies(parallel, held):
     own = count / parallel.fsdp
     name = f'gradients{whose}, scattered'
     result += _collective(parallel, axes, name, 4 * own)
@@ -173,15 +170,24 @@ def parameter_traffic(
   return result
 
 
+def _copies(parallel, held):
+  """(whose, axes of devices that have the same, parameters on each)."""
+  parts = parallel.node * parallel.expert
+  return [
+    ('', ('data', 'node', 'expert'), held.other),
+    (' of experts', ('data',), held.routed / parts),
+  ]
+
+
 def stage_traffic(config: Config, schedule: Schedule, rank: int) -> Traffic:
-  """What a rank of the pipeline sends to others in a step."""
-  messages = 0
-  for _, task in schedule.tasks(rank):
-    stream, stage = schedule.places[rank, task.chunk]
-    path = schedule.paths[stream]
-    target = stage + (1 if task.kind == FORWARD else -1)
-    if task.kind != WEIGHT and 0 <= target < len(path):
-      messages += path[target][0] != rank
+  """What a rank of the pipeline sends to others in a step.
+
+  At every tick of the program a message over each of its links, empty or not:
+  none waits in a branch (`parallel/pipeline.py`).
+  """
+  table = ticks.build(schedule)
+  sources = [s for c in table.channels for s, _ in table.links(c)]
+  messages = len(table.cells) * sources.count(rank)
   _, width = token_bytes(config)
   sent = messages * tokens_per_device(config) * width
   # A stage's devices lie beside each other.
@@ -190,17 +196,35 @@ def stage_traffic(config: Config, schedule: Schedule, rank: int) -> Traffic:
 
 
 def collected_traffic(config: Config, held: placement.Held) -> list[Traffic]:
-  """What a rank's stages cost to bring together: each stores a part of all.
+  """What the layers of a pipeline's rank cost to bring together, once a step.
 
-  In a step, its weights are collected once, in the compute dtype, and its
-  gradients given back in float32.
+  Each rank stores a part of every layer.  It collects its own in the compute
+  dtype: from all ranks, from all copies if ZeRO-1 divides what is stored, and
+  over `fsdp`.  Their float32 gradients go back the same way; without ZeRO-1 the
+  copies then sum the parts that they store.
+
+  Args:
+    config: of the run.
+    held: what the program has room for.
   """
-  parallel = config.parallel
-  count = held.other + held.routed / (parallel.node * parallel.expert)
-  others = (parallel.stage - 1) / parallel.stage / parallel.fsdp
+  parallel, width = config.parallel, formats.width(config)
+  stored = placement.held(config.model, placement.stages(config.model, 1))
   leaves = parallel.n_batch_shards >= NODE
-  sizes = {
-    'weights collected': formats.width(config) * count * others,
-    'gradients given back': 4 * count * others,
-  }
-  return [Traffic('stage', w, sent, sent * leaves) for w, sent in sizes.items()]
+  others = (parallel.stage - 1) / parallel.stage
+  result = []
+  for (whose, axes, count), (*_, whole) in zip(
+    _copies(parallel, held), _copies(parallel, stored)
+  ):
+    own = count / parallel.fsdp
+    parts = math.prod(getattr(parallel, a) for a in axes)
+    both = (f'weights{whose}, collected', width), (f'gradients{whose}', 4)
+    for what, size in both if count else ():
+      sent = size * own / (parts if parallel.zero1 else 1) * others
+      result.append(Traffic('stage', what, sent, sent * leaves))
+      if parallel.zero1:
+        result += _collective(parallel, axes, what, size * own)
+      result += _collective(parallel, ('fsdp',), what, size * count)
+    if not parallel.zero1:
+      summed = 2 * 4 * whole / parallel.fsdp / parallel.stage
+      result += _collective(parallel, axes, f'gradients{whose}, sums', summed)
+  return result

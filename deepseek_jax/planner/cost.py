@@ -49,10 +49,12 @@ def traffic(
     t._replace(sent=times * t.sent, crossing=times * t.crossing)
     for t in communication.expert_traffic(config)
   ]
-  held = placement.held(config.model, list(layers.values()))
   if schedule:
+    room, _ = placement.of_program(config, schedule)
+    held = placement.held(config.model, [room])
     result.append(communication.stage_traffic(config, schedule, rank))
-    result += communication.collected_traffic(config, held)
+    return result + communication.collected_traffic(config, held)
+  held = placement.held(config.model, list(layers.values()))
   return result + communication.parameter_traffic(config, held, forwards)
 
 

@@ -142,9 +142,13 @@ def _peak(
 
 
 def on_device(held: Held, parallel: ParallelConfig) -> float:
-  """Parameters of `held` that one device has for a step."""
+  """Parameters of `held` that one device has for a step.
+
+  A pipeline's rank has its layers whole: FSDP divides what it stores alone.
+  """
   parts = parallel.node * parallel.expert
-  return (held.other + held.routed / parts) / parallel.fsdp
+  whole = held.other + held.routed / parts
+  return whole if parallel.stage > 1 else whole / parallel.fsdp
 
 
 def stored_on_device(config: Config) -> float:
@@ -157,4 +161,6 @@ def stored_on_device(config: Config) -> float:
   whole = placement.held(model, placement.stages(model, 1))
   if parallel.zero1:
     return sum(whole) / parallel.n_devices
-  return on_device(whole, parallel) / parallel.stage
+  parts = parallel.node * parallel.expert
+  stored = whole.other + whole.routed / parts
+  return stored / parallel.fsdp / parallel.stage

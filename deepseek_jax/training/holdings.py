@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.config import Config
 from deepseek_jax.layers.params import Parameter
+from deepseek_jax.training import pipelined
 from deepseek_jax.training.layout import Layout
 
 
@@ -20,8 +21,9 @@ class Holding(NamedTuple):
     elements: of all of them, on all devices together.
     stored: how most of them are divided; see `rules.Placement`.
     state: bytes per device of master weights and both moments.
-    copy: bytes per device of the copy for one step.
-    gradients: bytes per device of the float32 sums, before `Layout.reduce`.
+    copy: bytes per device of the copy for one step; in a pipeline, of as many
+      whole layers as a rank has slots.
+    gradients: bytes per device of their float32 sums.
   """
 
   name: str
@@ -44,10 +46,14 @@ def holdings(declared: Any, config: Config, layout: Layout) -> list[Holding]:
   boxes = jax.tree_util.tree_leaves_with_path(
     declared['params'], is_leaf=lambda x: isinstance(x, Parameter)
   )
-  specs = (layout.stored, layout.step, layout.dtypes)
+  slots = pipelined.slots(config)
+  step = layout.used if slots else layout.step
+  specs = (layout.stored, step, layout.dtypes)
   for (path, box), *rest in zip(boxes, *map(jax.tree.leaves, specs)):
-    name = path[0].key + (' experts' if 'experts' in box.names else '')
-    one = _holding(name, box.value.shape, *rest, config, layout.mesh)
+    stack, shape = path[0].key, box.value.shape
+    name = stack + (' experts' if 'experts' in box.names else '')
+    held = slots.get(stack, shape[0]), *shape[1:]
+    one = _holding(name, shape, held, *rest, config, layout.mesh)
     groups.setdefault(name, []).append(one)
   return [_together(parts) for parts in groups.values()]
 
@@ -57,8 +63,8 @@ def total(lines: list[Holding]) -> Holding:
   return _together([line._replace(name='a device holds') for line in lines])
 
 
-def _holding(name, shape, stored, step, dtype, config, mesh) -> Holding:
-  def local(spec):
+def _holding(name, shape, held, stored, step, dtype, config, mesh) -> Holding:
+  def local(spec, shape):
     return math.prod(NamedSharding(mesh, spec).shard_shape(shape))
 
   moments = (config.precision.mu_dtype, config.precision.nu_dtype)
@@ -67,9 +73,9 @@ def _holding(name, shape, stored, step, dtype, config, mesh) -> Holding:
     name,
     math.prod(shape),
     stored,
-    width * local(stored),
-    dtype.itemsize * local(step),
-    4 * local(step),
+    width * local(stored, shape),
+    dtype.itemsize * local(step, held),
+    4 * local(step, held),
   )
 
 

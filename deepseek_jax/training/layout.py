@@ -8,6 +8,8 @@ for norms.  What crosses devices, per step:
   float32 gradients summed into their stored parts (`reduce`).
 - FSDP: each layer's parameters are collected before its forward and its
   backward pass (`collect_layer`), the gradients summed into parts after it.
+- a pipeline: whatever divides them, a rank collects the parameters of its
+  layers once, whole, and gives their gradients back once (`placement.collect`).
 - otherwise gradients are summed once, after the last micro-batch (`reduce`).
 """
 
@@ -23,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from deepseek_jax.config import Config
+from deepseek_jax.config import Config, ParallelConfig
 from deepseek_jax.layers.params import Parameter
 from deepseek_jax.ops import quantize
 from deepseek_jax.parallel import mesh as mesh_lib
@@ -283,27 +285,52 @@ def make(
     return None
   mesh = mesh_lib.build(parallel, devices)
   compute = jnp.dtype(config.precision.compute_dtype)
-
-  def place(box):
-    shape = box.value.shape
-    return rules.place(box.names, shape, mesh.shape, parallel.zero1)
-
-  def stored(box):
-    is_stack = box.names[0] == 'layers'
-    spec, shape = place(box).stored, box.value.shape
-    return placement.divide(spec, shape, mesh.shape, is_stack)
-
-  def over(function):
-    return jax.tree.map(
-      function,
-      declared['params'],
-      is_leaf=lambda x: isinstance(x, Parameter),
-    )
-
-  return Layout(
-    mesh,
-    over(stored),
-    over(lambda box: place(box).step),
-    over(lambda box: place(box).used),
-    over(lambda box: jnp.dtype('float32') if box.is_float32 else compute),
+  dtypes = jax.tree.map(
+    lambda box: jnp.dtype('float32') if box.is_float32 else compute,
+    declared['params'],
+    is_leaf=_is_box,
   )
+  return Layout(mesh, *places(declared, parallel), dtypes)
+
+
+def places(declared: Any, parallel: ParallelConfig) -> tuple[Any, Any, Any]:
+  """Where each parameter lies: trees of `rules.Placement`'s three states.
+
+  Raises:
+    ValueError: an axis that divides no size.
+  """
+  sizes = {axis: getattr(parallel, axis) for axis in mesh_lib.AXES}
+  boxes, tree = jax.tree_util.tree_flatten_with_path(
+    declared['params'], is_leaf=_is_box
+  )
+
+  def place(box, stages):
+    own, shape = sizes | {placement.AXIS: stages}, box.value.shape
+    found = rules.place(box.names, shape, own, parallel.zero1)
+    is_stack = box.names[0] == 'layers'
+    stored = placement.divide(found.stored, shape, own, is_stack)
+    return found._replace(stored=stored)
+
+  def fits(stages):
+    try:
+      return [place(box, stages) for _, box in boxes]
+    except ValueError:
+      return None
+
+  found = []
+  for path, box in boxes:
+    rules.place(box.names, box.value.shape, sizes)  # Its errors are others.
+    try:
+      found.append(place(box, parallel.stage))
+    except ValueError as error:
+      others = [n for n in range(1, 2 * parallel.stage) if fits(n)]
+      raise ValueError(
+        f'parallel.stage={parallel.stage}: each rank stores a part of each '
+        f'matrix, but of {jax.tree_util.keystr(path)} {error}; use one of '
+        f'{", ".join(map(str, others))}'
+      ) from None
+  return tuple(map(tree.unflatten, zip(*found)))
+
+
+def _is_box(x):
+  return isinstance(x, Parameter)

@@ -75,6 +75,17 @@ def make_schedule(parallel: ParallelConfig, microbatches: int) -> Schedule:
   return schedules.make(parallel.schedule, parallel.stage, microbatches)
 
 
+def slots(config: Config) -> dict[str, int]:
+  """Layers of each stack for which a rank has room; of no pipeline, none."""
+  parallel = config.parallel
+  if parallel.stage == 1:
+    return {}
+  count = config.data.batch_size // config.micro_batch_size
+  schedule = make_schedule(parallel, count)
+  layout = placement.Layout(schedule, stages(config.model, parallel))
+  return {kind: table.shape[1] for kind, table in layout.sources.items()}
+
+
 def make_gradients(
   model: deepseek.Transformer,
   config: Config,
