@@ -8,7 +8,14 @@ import pytest
 
 from deepseek_jax import config as config_lib
 from deepseek_jax import presets
-from deepseek_jax.inference import generate, weights
+from deepseek_jax.inference import cache as cache_lib
+from deepseek_jax.inference import (
+  decode,
+  generate,
+  prefill,
+  speculative,
+  weights,
+)
 from deepseek_jax.training import step as step_lib
 
 _PROMPTS = [[5, 3, 2], [7], [1, 2, 3, 4, 5, 6, 7, 0]]
@@ -57,6 +64,30 @@ def test_greedy_text_is_that_of_plain_decoding(n_mtp_layers, drafts):
   # The token after a prompt came of no pass; a stop token did.
   taken = sum(len(new) - 1 + (len(new) < _NEW) for new in stopped.tokens if new)
   assert round(stopped.tokens_per_pass * stopped.passes) == taken
+
+
+def test_few_programs_for_many_lengths():
+  programs = (
+    speculative.decode, decode.decode, decode.first, prefill._chunk
+  )  # fmt: skip
+  model, _, unstacked = _model(1)
+  before = [p._cache_size() for p in programs]
+  for length in (5, 9, 14, 20, 27, 40):  # In chunks of 16, 32 and 48.
+    for drafts in (0, 1):
+      prompts = [[1] * length] * len(_PROMPTS)
+      generate.generate(model, unstacked, prompts, 20, drafts=drafts)
+  new = [p._cache_size() - n for p, n in zip(programs, before)]
+  assert all(n <= most for n, most in zip(new, (1, 1, 1, 2 * 3))), new
+
+
+def test_lengths_of_caches_and_chunks():
+  rooms = [cache_lib.round_up(n, 64) for n in range(1, 65_537)]
+  assert sorted({*rooms})[:8] == [64, 128, 192, 256, 384, 512, 768, 1024]
+  assert len({*rooms}) == 20
+  assert all(n <= room for n, room in enumerate(rooms, 1))
+  assert max(room / n for n, room in enumerate(rooms, 1) if n > 128) <= 1.5
+  chunks = {prefill.chunk_length(n) for n in range(1, 65_537)}
+  assert chunks == {16, 32, 48, 64, 96, 128, 192, 256}
 
 
 def test_drafts_are_what_training_would_predict():

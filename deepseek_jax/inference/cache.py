@@ -63,6 +63,18 @@ def init(
   )
 
 
+def round_up(count: int, unit: int) -> int:
+  """The least of 1, 2, 3, 4, 6, 8, 12, ... units that holds `count`.
+
+  A program is compiled for each length: two for every doubling are few, and
+  attention reads, from two units on, at most half as much again as there is.
+  """
+  units = -(-count // unit)
+  power = 1 << (units - 1).bit_length()
+  between = power // 4 * 3
+  return unit * (between if between >= units else power)
+
+
 def divide(cache: Cache) -> Cache:
   """`cache`, its sequences divided over the ambient mesh as far as they can."""
   mesh, axes = jax.sharding.get_mesh(), ()

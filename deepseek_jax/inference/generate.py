@@ -18,7 +18,7 @@ from deepseek_jax.models import deepseek
 from deepseek_jax.ops import quantize, sampling
 
 _PASSES = 16  # Of the model, per compiled call; tokens are streamed so often.
-_ROOM = 64  # The cache's length is a multiple: few lengths, few programs.
+_ROOM = 64  # Positions in a cache, at least; see `cache.round_up`.
 
 
 class Generation(NamedTuple):
@@ -62,8 +62,9 @@ def generate(
   On an ambient mesh (`jax.set_mesh`) devices divide the sequences, if they can,
   and the experts; `weights.share` puts them there.
 
-  Programs are compiled per number of prompts and per `_ROOM` tokens of text,
-  not per length.
+  Programs are compiled per number of prompts, and for every length to which
+  `cache.round_up` rounds the longest prompt and the longest text: two for each
+  doubling, so that a conversation meets a new one ever more seldom.
 
   Args:
     model: the Transformer.
@@ -128,9 +129,9 @@ def _begin(
   B, M = len(prompts), min(drafts, model.config.n_mtp_layers)
   longest = max(len(p) for p in prompts)
   T = prefill_lib.chunk_length(longest, chunk)
-  room = max(longest + max_new_tokens + drafts + 1, -(-longest // T) * T)
+  room = max(longest + max_new_tokens + drafts, -(-longest // T) * T)
   empty = cache_lib.init(
-    model.config, B, -(-room // _ROOM) * _ROOM, model.dtype, M
+    model.config, B, cache_lib.round_up(room, _ROOM), model.dtype, M
   )
   empty = cache_lib.divide(empty)
   done = prefill_lib.prefill(

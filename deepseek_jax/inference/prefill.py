@@ -11,7 +11,7 @@ import numpy as np
 from deepseek_jax.inference import cache as cache_lib
 from deepseek_jax.models import deepseek
 
-_CHUNK = 256  # Tokens of each prompt in one pass.
+_CHUNK = 256  # Tokens of each prompt in one pass, at most.
 
 
 class Prefilled(NamedTuple):
@@ -31,8 +31,8 @@ class Prefilled(NamedTuple):
 
 
 def chunk_length(longest: int, chunk: int = 0) -> int:
-  """Tokens per pass: `chunk`, or a default that short prompts do not fill."""
-  return chunk or min(_CHUNK, -(-longest // 16) * 16)
+  """Tokens per pass: `chunk`, or a default, of few different ones."""
+  return chunk or min(_CHUNK, cache_lib.round_up(longest, 16))
 
 
 def prefill(
