@@ -91,6 +91,18 @@ class ExpertFfnTest(parameterized.TestCase):
     sizes = [expert_decode.block_size(r, 32) for r in (4, 32, 33, 256, 9999)]
     self.assertEqual(sizes, [1, 2, 2, 8, 64])
 
+  def test_many_rows_are_taken_side_by_side(self):
+    rows = [expert_decode.rows_abreast(r, 32) for r in (63, 64, 256, 2048)]
+    self.assertEqual(rows, [0, 8, 16, 80])
+    # A prompt of one repeated token leaves most of its rows to the loop.
+    x, *matrices, ids, gates = _case(64, 8)
+    repeated = np.broadcast_to(ids[:1], ids.shape)
+    tolerances.assert_close(
+      jax.jit(expert_decode.expert_ffn)(x, *matrices, repeated, gates),
+      jax.jit(experts.expert_ffn)(x, *matrices, repeated, gates),
+      tolerances.COMPONENT_PARITY,
+    )
+
 
 if __name__ == '__main__':
   absltest.main()

@@ -1,6 +1,7 @@
 """Continues prompts: prefill, then plain or speculative decoding."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -122,6 +123,16 @@ def _plain(carry):
   return carry.plain if isinstance(carry, speculative.Carry) else carry
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _first_rows(B, max_new_tokens, seed):
+  """Of sequences that have no token yet; each has a key of its own."""
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(
+    jax.random.key(seed), jnp.arange(B)
+  )
+  budget = jnp.full(B, max_new_tokens, jnp.int32)
+  return decode_lib.Rows(jnp.zeros(B, jnp.int32), budget, keys)
+
+
 def _begin(
   model, variables, prompts, max_new_tokens, drafts, chunk, seed, how, stops
 ):
@@ -137,11 +148,7 @@ def _begin(
   done = prefill_lib.prefill(
     model, variables, empty, prompts, window=max(M, 1), chunk=T
   )
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(
-    jax.random.key(seed), jnp.arange(B)
-  )
-  budget = jnp.full(B, max_new_tokens, jnp.int32)
-  rows = decode_lib.Rows(jnp.zeros(B, jnp.int32), budget, keys)
+  rows = _first_rows(B, max_new_tokens, seed)
   rows, tokens = decode_lib.first(
     model,
     variables,
