@@ -198,10 +198,12 @@ def _converse(generator: Generator, template: str) -> None:
   from deepseek_jax.inference import chat
 
   tokenizer, messages = generator.tokenizer, []
-  bos, eos = (
-    tokenizer.decode([i], skip_specials=False)
-    for i in (tokenizer.bos_id, tokenizer.eos_id)
-  )
+  around = {'bos_token': tokenizer.bos_id, 'eos_token': tokenizer.eos_id}
+  specials = {
+    name: tokenizer.decode([i], skip_specials=False)
+    for name, i in around.items()
+  }
+  specials |= chat.load_specials(reading.workdir())
   while True:
     try:
       line = input('> ')
@@ -213,7 +215,7 @@ def _converse(generator: Generator, template: str) -> None:
       generator.write(generator.document(line), 1)
       continue
     messages.append({'role': 'user', 'content': line})
-    text = chat.render(template, messages, bos, eos)
+    text = chat.render(template, messages, specials)
     prompt = tokenizer.encode_marked(text).tolist()
     output = generator.write(prompt, len(prompt))
     messages.append({'role': 'assistant', 'content': tokenizer.decode(output)})

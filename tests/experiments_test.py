@@ -14,11 +14,12 @@ _ARMS = ('gamma=0.001', 'gamma=0')
 _NO_KERNELS = 'kernels: none: the device is a cpu'
 
 
-def _command(program, *arguments):
+def _command(program, *arguments, typed=None):
   """(exit status, stdout, stderr) of `python -m experiments.<program>`."""
   done = subprocess.run(
     [sys.executable, '-m', f'experiments.{program}', *arguments],
     capture_output=True,
+    input=typed,
     text=True,
     cwd=_ROOT,
   )
@@ -151,6 +152,26 @@ def test_continues_the_prompt(swept):
   assert output.startswith('def f')
   assert len(output) > len('def f\n')
   assert errors.splitlines().count(_NO_KERNELS) == 1
+
+
+@pytest.mark.slow
+def test_a_conversation(swept):
+  """Each line is a turn, and the model's answers are turns as well."""
+  _, workdir, _ = swept
+  run = _runs(workdir)[1]
+  (run / 'chat_template.jinja').write_text(
+    "{{ bos_token }}{% for m in messages %}{{ m['role'][0] + m['content'] }}"
+    "{% endfor %}{% if messages[-1]['content'] == 'last' and "
+    "messages|map(attribute='role')|list != ['user', 'assistant', 'user'] %}"
+    "{{ raise_exception('a turn is lost') }}{% endif %}"
+  )
+  arguments = [f'--workdir={run}', '--interactive', '--max_new_tokens=3']
+  status, output, errors = _command(
+    'generate', *arguments, typed='first\n\nlast\n'
+  )
+  assert status == 0, errors
+  assert output.count('> ') == 4, output  # An empty line is no turn.
+  assert errors.count('3 tokens, ') == 2, errors
 
 
 @pytest.mark.slow

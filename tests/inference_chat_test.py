@@ -47,9 +47,11 @@ def folder(tmp_path_factory):
 
 def test_text_and_tokens_are_those_of_transformers(folder):
   theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-  text = chat.render(
-    chat.load_template(folder), _TURNS, tokenizer_lib.BOS, tokenizer_lib.EOS
-  )
+  specials = chat.load_specials(folder)
+  assert specials == {
+    'bos_token': tokenizer_lib.BOS, 'eos_token': tokenizer_lib.EOS
+  }  # fmt: skip
+  text = chat.render(chat.load_template(folder), _TURNS, specials)
   assert text == theirs.apply_chat_template(
     _TURNS, tokenize=False, add_generation_prompt=True
   )
@@ -59,6 +61,58 @@ def test_text_and_tokens_are_those_of_transformers(folder):
   assert (ids == ours.bos_id).sum() == (ids == ours.eos_id).sum() == 1
   # In a document the same characters stay characters.
   assert not np.isin([ours.bos_id, ours.eos_id], ours.encode(text)).any()
+
+
+@pytest.mark.parametrize(
+  'template',
+  [
+    # R1's: what was thought is not said again.
+    "{{bos_token}}{% for m in messages %}{{'<｜' + m['role'] + '｜>'}}"
+    "{{m['content'].split('</think>')|last}}{% endfor %}<think>\n",
+    # V3.1's: are there tools, are there documents?
+    '{% if tools is not none %}{{ tools }}{% endif %}'
+    '{% if not documents is none %}x{% endif %}{{ messages|length }}',
+    '{% for m in messages %}{% if m.role == "assistant" %}{% continue %}'
+    '{% endif %}{{ m.content }}{% if loop.index > 2 %}{% break %}{% endif %}'
+    '{% endfor %}',
+    '{{ messages|tojson }}{{ {"ü": "<b>&\'"}|tojson(indent=2) }}',
+    "{{ strftime_now('%Y') }}{{ eos_token }}{{ unk_token }}{{ pad_token }}"
+    '{% set ns = namespace(n=0) %}{% for m in messages %}'
+    '{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}',
+  ],
+)
+def test_templates_are_rendered_as_transformers_does(folder, template):
+  theirs = transformers.PreTrainedTokenizerFast.from_pretrained(
+    folder, unk_token='<unk>', pad_token='<pad>'
+  )
+  specials = chat.load_specials(folder) | {
+    'unk_token': '<unk>', 'pad_token': '<pad>'
+  }  # fmt: skip
+  assert chat.render(template, _TURNS, specials) == theirs.apply_chat_template(
+    _TURNS, chat_template=template, tokenize=False, add_generation_prompt=True
+  )
+
+
+def test_thoughts_are_shown_and_markup_is_not(folder, tmp_path):
+  parts = json.loads((folder / 'tokenizer.json').read_text())
+  names = ('<think>', '</think>', '<|EOT|>')
+  start = 1 + max(parts['model']['vocab'].values())
+  plain = dict.fromkeys(
+    ('single_word', 'lstrip', 'rstrip', 'normalized'), False
+  )
+  parts['added_tokens'] += [
+    {'id': start + i, 'content': name, 'special': name == '<|EOT|>', **plain}
+    for i, name in enumerate(names)
+  ]
+  tokenizer_lib.Tokenizer(json.dumps(parts)).save(tmp_path / 'own.json')
+  ours = tokenizer_lib.Tokenizer.load(tmp_path / 'own.json')
+  text = '<think>Two.</think>4<|EOT|>' + tokenizer_lib.EOS
+  ids = ours.encode_marked(text)
+  assert {start, start + 1, start + 2, ours.eos_id} <= {*ids.tolist()}
+  assert ours.decode(ids) == '<think>Two.</think>4'
+  assert ours.decode(ids, skip_specials=False) == text
+  # A document cannot think, or end itself.
+  assert not {start, start + 1} & {*ours.encode(text).tolist()}
 
 
 def test_where_a_template_is_found(folder, tmp_path):

@@ -60,7 +60,7 @@ class Tokenizer:
     """
     try:
       parts = json.loads(definition)
-      _mark_specials(parts)
+      self._declared = _mark_specials(parts)
       self._inner = tokenizers.Tokenizer.from_str(json.dumps(parts))
     except Exception as error:  # `tokenizers` raises bare Exception.
       raise ValueError(
@@ -85,6 +85,8 @@ class Tokenizer:
     self.pad_id = self._vocab[known_pad[0]] if known_pad else self.eos_id
     has_fim = all(token in self._vocab for token in FIM)
     self.fim_ids = tuple(map(self._vocab.get, FIM)) if has_fim else None
+    around = {self.bos_id, self.eos_id, self.pad_id, *(self.fim_ids or ())}
+    self._controls = self._declared | around
     self._check_names(name)
 
   @classmethod
@@ -158,7 +160,11 @@ class Tokenizer:
     if not about_path.exists():
       partial.write_text(text, encoding='utf-8')
       partial.replace(about_path)
-    self._inner.save(str(partial))
+    parts = json.loads(self._inner.to_str())
+    for token in parts['added_tokens']:
+      token['special'] = token['id'] in self._declared
+    text = json.dumps(parts, indent=2, ensure_ascii=False)
+    partial.write_text(text, encoding='utf-8')
     partial.replace(path)
 
   def encode(self, text: str) -> np.ndarray:
@@ -187,9 +193,14 @@ class Tokenizer:
     """Text of token ids; bytes that are no UTF-8 become U+FFFD.
 
     Ids without a token, in the padding of a model's vocabulary, give nothing.
+    `skip_specials` leaves out what the file itself calls special, and tokens
+    around documents and of fill-in-the-middle, but no ordinary added token: R1
+    thinks between <think> and </think>.
     """
+    controls = self._controls if skip_specials else ()
     return self._inner.decode(
-      [int(i) for i in ids], skip_special_tokens=skip_specials
+      [int(i) for i in ids if int(i) not in controls],
+      skip_special_tokens=False,
     )
 
   @functools.cached_property
@@ -251,12 +262,17 @@ class Tokenizer:
     )
 
 
-def _mark_specials(parts: dict[str, Any]) -> None:
+def _mark_specials(parts: dict[str, Any]) -> set[int]:
   """Declares every added token in angle brackets special.
 
   DeepSeek's own file lists fill-in-the-middle and chat tokens as ordinary
   added tokens, which would be recognised in the text of a document.
+
+  Returns:
+    The ids of those that were special before.
   """
+  before = {t['id'] for t in parts['added_tokens'] if t['special']}
   for token in parts['added_tokens']:
     content = token['content']
     token['special'] |= content.startswith('<') and content.endswith('>')
+  return before

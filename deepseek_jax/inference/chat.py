@@ -1,9 +1,10 @@
 """Turns of a conversation as text: the chat template of a tokenizer."""
 
+import datetime
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def load_template(folder: str | os.PathLike) -> str:
@@ -26,19 +27,32 @@ def load_template(folder: str | os.PathLike) -> str:
   return template
 
 
+def load_specials(folder: str | os.PathLike) -> dict[str, str]:
+  """The texts of `bos_token` and the like in tokenizer_config.json.
+
+  Raises:
+    ValueError: if that is no JSON.
+  """
+  found = {}
+  for name, token in _settings(pathlib.Path(folder)).items():
+    token = token.get('content') if isinstance(token, dict) else token
+    if name.endswith('_token') and isinstance(token, str):
+      found[name] = token
+  return found
+
+
 def render(
   template: str,
   messages: Sequence[dict[str, str]],
-  bos_token: str = '',
-  eos_token: str = '',
+  specials: Mapping[str, str] | None = None,
 ) -> str:
   """The text of a conversation, up to where the assistant's answer begins.
 
   Args:
-    template: Jinja2, rendered in its sandbox with `transformers`' settings.
+    template: Jinja2, rendered in its sandbox with `transformers`' settings,
+      filters and functions; of tools and documents it sees that there are none.
     messages: each with a 'role' (system, user, assistant) and a 'content'.
-    bos_token: text of the tokenizer's own token.
-    eos_token: likewise.
+    specials: texts of the tokenizer's own tokens, such as 'bos_token'.
 
   Raises:
     ValueError: if the template refuses the messages, or is broken.
@@ -50,18 +64,40 @@ def render(
     raise jinja2.TemplateError(message)
 
   environment = sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True
+    trim_blocks=True,
+    lstrip_blocks=True,
+    extensions=['jinja2.ext.loopcontrols'],
   )
+  environment.filters['tojson'] = _to_json
   environment.globals['raise_exception'] = refuse
+  environment.globals['strftime_now'] = _now
   try:
     return environment.from_string(template).render(
       messages=list(messages),
-      bos_token=bos_token,
-      eos_token=eos_token,
+      tools=None,
+      documents=None,
       add_generation_prompt=True,
+      **(specials or {}),
     )
   except jinja2.TemplateError as error:
     raise ValueError(f'chat template: {error}') from None
+
+
+def _to_json(
+  x, ensure_ascii=False, indent=None, separators=None, sort_keys=False
+):
+  """Jinja2's own filter escapes HTML."""
+  return json.dumps(
+    x,
+    ensure_ascii=ensure_ascii,
+    indent=indent,
+    separators=separators,
+    sort_keys=sort_keys,
+  )
+
+
+def _now(form):
+  return datetime.datetime.now().strftime(form)
 
 
 def _settings(folder: pathlib.Path) -> dict:
