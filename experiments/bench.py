@@ -260,6 +260,9 @@ def main() -> None:
     for line in bench_pipeline.lines(config, _SCHEDULES.value):
       print(line, flush=True)
     return
+  if _SUITE.value == 'train' and _AGAINST.value and config.model.n_mtp_layers:
+    config = config_lib.replace(config, {'model.n_mtp_layers': 0})
+    print('without MTP, which transformers does not train')
   preset = absl_flags.FLAGS.preset
   updates = config_lib.diff(presets.PRESETS[preset](), config)
   options = {

@@ -132,11 +132,12 @@ class TorchWorker:
     self._torch, self._config, self._count = torch, config, 0
     self._device = 'cuda' if torch.cuda.is_available() else 'cpu'
     torch.manual_seed(0)
-    hf = transformers.DeepseekV3Config(**hf_config.from_model(config.model))
+    fields = hf_config.from_model(config.model)
+    hf = transformers.AutoConfig.for_model(**fields)  # V3's class, or V2's.
     hf._attn_implementation = attention
     hf._experts_implementation = experts
     with self._torch.device(self._device):
-      self._model = transformers.DeepseekV3ForCausalLM(hf)
+      self._model = transformers.AutoModelForCausalLM.from_config(hf)
     o = config.optim
     self._optimizer = torch.optim.AdamW(
       self._model.parameters(),
