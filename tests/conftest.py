@@ -1,8 +1,10 @@
 """One session of eight CPU devices, with a persistent compilation cache."""
 
 import gc
+import importlib.util
 import os
 import pathlib
+import sys
 import tempfile
 
 import pytest
@@ -20,6 +22,23 @@ os.environ.setdefault(
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
+
+NEED_TORCH = [
+  'bench_test.py',
+  'convert_parity_test.py',
+  'optimizer_test.py',
+  'parity_test.py',
+  'sampling_test.py',
+]
+# `[test]` brings torch for Python 3.11 only: see setup.py.
+_HAS_TORCH = sys.version_info < (3, 12) or importlib.util.find_spec('torch')
+collect_ignore = [] if _HAS_TORCH else NEED_TORCH
+
+
+def pytest_terminal_summary(terminalreporter):
+  if collect_ignore:
+    names = ', '.join(collect_ignore)
+    terminalreporter.write_line(f'not run, for there is no torch: {names}')
 
 
 @pytest.fixture(scope='module', autouse=True)

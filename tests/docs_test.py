@@ -12,6 +12,7 @@ import pytest
 
 from deepseek_jax import presets
 from experiments import findings
+from tests import conftest
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _README = (_ROOT / 'README.md').read_text(encoding='utf-8')
@@ -106,16 +107,12 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 
 def test_python_3_12_leaves_out_only_what_needs_torch():
-  ignored = set(re.findall(r'--ignore=(tests/\w+\.py)', _BUILD))
-  left_out = '|'.join(pathlib.Path(path).stem for path in ignored)
+  left_out = '|'.join(pathlib.Path(name).stem for name in conftest.NEED_TORCH)
   own = rf'from tests\.({left_out}) import|from tests import.*\bhf\b'
   torch = re.compile(rf'^(import torch|{own})', re.M)
-  needs = {
-    path.relative_to(_ROOT).as_posix()
-    for path in (_ROOT / 'tests').glob('*_test.py')
-    if torch.search(path.read_text())
-  }
-  assert ignored == needs
+  tests = (_ROOT / 'tests').glob('*_test.py')
+  needs = {p.name for p in tests if torch.search(p.read_text())}
+  assert set(conftest.NEED_TORCH) == needs
 
 
 def test_paper_table_names_files_that_cite_the_section():
