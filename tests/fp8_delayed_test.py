@@ -13,7 +13,7 @@ from absl.testing import parameterized
 from deepseek_jax import config as config_lib
 from deepseek_jax import presets
 from deepseek_jax.convert import names
-from deepseek_jax.ops import fp8_delayed, fp8_experts, fp8_recipe
+from deepseek_jax.ops import fp8_delayed, fp8_experts, fp8_recipe, swiglu
 from deepseek_jax.ops.fp8_delayed import Delayed
 from deepseek_jax.training import checkpoint, delayed, optimizer, step
 from tests import tolerances
@@ -108,6 +108,17 @@ class LinearTest(parameterized.TestCase):
     expected = _rounded(kept.dequantize(), 2).T @ _rounded(dy, abs(dy).max())
     [dweight] = vjp(jnp.asarray(dy))
     tolerances.assert_close(dweight.w, expected, tolerances.FLOAT32_MATH)
+
+  def test_takes_swiglu_rounded_once(self):
+    gate, up = (jnp.asarray(x, jnp.bfloat16) for x in _draw((8, 128), (8, 128)))
+    exact = [np.asarray(x, np.float32) for x in (gate, up)]
+    expected = exact[0] / (1 + np.exp(-exact[0])) * exact[1]
+
+    def hidden(gate):
+      return swiglu.fp8_swiglu(gate, up, _RECIPE).x_TD
+
+    for x in (hidden(gate), jax.vjp(hidden, gate)[0]):
+      np.testing.assert_array_equal(x, jnp.asarray(expected, jnp.bfloat16))
 
   def test_a_nan_is_seen_and_spreads(self):
     x, w = _draw((4, 130), (130, 70))

@@ -109,7 +109,6 @@ def multiply(
   *,
   dtype: Any,
   groups: Experts | Segments | None = None,
-  add_to: jax.Array | None = None,
   shape: Shape | None = None,
 ) -> jax.Array:
   """`a @ b^T` with scales: [M, N], or [E, M, N] for segments of K.
@@ -121,7 +120,6 @@ def multiply(
     b_scales: float32 [E, N / 128, K / 128], or [K / 128, N]: of each column.
     dtype: of the result.
     groups: see the module.
-    add_to: float32 of the result's shape, added to it.
     shape: of the tile; None: the best.
   """
   a_MK, b_ENK = (
@@ -139,20 +137,18 @@ def multiply(
     _body,
     shape=shape,
     groups=type(groups) if groups is not None else None,
-    adds=add_to is not None,
     stages=_stages(shape, dtype, has_column_scales, K),
   )
   tiles = -(-M // shape.rows) * -(-N // shape.columns)
   tiles *= out[0] if len(out) == 3 else 1
   operands = [a_MK, b_ENK, a_scales, b_scales]
-  operands += list(groups or ()) + ([] if add_to is None else [add_to])
   return mosaic.launch(
     body,
     jax.ShapeDtypeStruct(out, dtype),
     grid=(mosaic.processors(tiles),),
     grid_names=('sm',),
     warpgroups=3,
-  )(*operands)
+  )(*operands, *(groups or ()))
 
 
 def _whole_blocks(codes: jax.Array) -> jax.Array:
@@ -173,12 +169,9 @@ def _stages(shape: Shape, dtype, has_column_scales: bool, K: int) -> int:
   return min(left // stage, 6, max(2, -(-K // BLOCK)))
 
 
-def _body(*refs, shape, groups, adds, stages):
+def _body(*refs, shape, groups, stages):
   """The kernel of one block; `refs` as `multiply` gives them."""
-  a, b, a_scales, b_scales, *rest = refs
-  group_refs = rest[:2] if groups else ()
-  c_gmem = rest[-2] if adds else None
-  o_gmem = rest[-1]
+  a, b, a_scales, b_scales, *group_refs, o_gmem = refs
   (M, K), N = a.shape, b.shape[1]
   rows, columns, waves = shape
   has_column_scales = len(b_scales.shape) == 2
@@ -213,10 +206,9 @@ def _body(*refs, shape, groups, adds, stages):
     pl.run_scoped,
     allocations=allocations,
     o_smem=mosaic.tile(_WAVE, BLOCK, o_gmem.dtype, buffers=(2,)),
-    barrier=plgpu.Barrier(num_barriers=2),
     collective_axes='wg',
   )
-  def _(allocations, o_smem, barrier):
+  def _(allocations, o_smem):
     warpgroup = lax.axis_index('wg')
 
     def tile(expert, mi, ni, first=0, steps=-(-K // BLOCK)):
@@ -262,12 +254,6 @@ def _body(*refs, shape, groups, adds, stages):
           )
           mine = o_smem.at[warpgroup]
           plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-          if adds:
-            source = c_gmem.at[expert] if is_segment else c_gmem
-            done = barrier.at[warpgroup]
-            plgpu.copy_gmem_to_smem(source.at[at], mine, done)
-            plgpu.barrier_wait(done)
-            total += mine[...]
           mine[...] = total.astype(o_gmem.dtype)
           mosaic.store(mine, target.at[at])
 

@@ -55,6 +55,7 @@ def dot(
   w_EKN: jax.Array,
   groups: Groups,
   turned: bool = False,
+  dtype: Any = None,
   implementation: str | None = None,
 ) -> jax.Array:
   """`ops.grouped.dot`; rows of blocks beyond the groups are not written.
@@ -65,13 +66,14 @@ def dot(
     groups: of the rows.
     turned: the weights are given as [E, N, K]: those of the forward product in
       Dgrad.
+    dtype: of the result; None: that of the rows.
     implementation: see `dispatch`.
   """
   found = obstacles(x_RK, w_EKN)
   choice = dispatch.choose(implementation, found, 'grouped', x_RK, w_EKN)
   if not choice.is_kernel:
     w = w_EKN.mT if turned else w_EKN
-    return reference.dot(x_RK, w, groups)
+    return reference.dot(x_RK, w, groups, dtype)
   R, K = x_RK.shape
   N = w_EKN.shape[1 if turned else 2]
   block = (_COLUMNS, _STEP) if turned else (_STEP, _COLUMNS)
@@ -95,7 +97,7 @@ def dot(
 
   return mosaic.launch(
     body,
-    jax.ShapeDtypeStruct((R, N), x_RK.dtype),
+    jax.ShapeDtypeStruct((R, N), dtype or x_RK.dtype),
     grid=(mosaic.processors(rows * columns),),
     grid_names=('sm',),
     warpgroups=3,
@@ -106,20 +108,17 @@ def outer(
   x_RM: jax.Array,
   y_RN: jax.Array,
   groups: Groups,
-  add_to: jax.Array | None = None,
   implementation: str | None = None,
 ) -> jax.Array:
   """`ops.grouped.outer`."""
   found = obstacles(x_RM, y_RN)
   choice = dispatch.choose(implementation, found, 'grouped wgrad', x_RM, y_RN)
   if not choice.is_kernel:
-    return reference.outer(x_RM, y_RN, groups, add_to)
+    return reference.outer(x_RM, y_RN, groups)
   M, N, E = x_RM.shape[1], y_RN.shape[1], groups.first_E.size
   grid = -(-M // _ROWS), -(-N // _COLUMNS)
 
-  def body(x, y, first_E, blocks_E, *rest):
-    *add_refs, o = rest
-
+  def body(x, y, first_E, blocks_E, o):
     def run(index, multiply):
       area = jnp.int32(grid[0] * grid[1])
       e = lax.div(index, area)
@@ -127,9 +126,8 @@ def outer(
       at = e, pl.ds(mi * _ROWS, _ROWS), pl.ds(ni * _COLUMNS, _COLUMNS)
       steps = blocks_E[e] * (BLOCK // _STEP)
       first = first_E[e] * (BLOCK // _STEP)
-      added = add_refs[0].at[at] if add_refs else None
       operands = x.at[:, at[1]], y.at[:, at[2]]
-      multiply(operands, o.at[at], steps, first, added)
+      multiply(operands, o.at[at], steps, first)
 
     specs = [
       ((_STEP, _ROWS), lambda k: (k, 0)),
@@ -139,20 +137,19 @@ def outer(
       run, E * grid[0] * grid[1], specs, (True, False), (x, y), o.dtype
     )
 
-  extra = [] if add_to is None else [add_to]
   return mosaic.launch(
     body,
     jax.ShapeDtypeStruct((E, M, N), jnp.float32),
     grid=(mosaic.processors(E * grid[0] * grid[1]),),
     grid_names=('sm',),
     warpgroups=3,
-  )(x_RM, y_RN, groups.first_E, groups.blocks_E, *extra)
+  )(x_RM, y_RN, groups.first_E, groups.blocks_E)
 
 
 def _persistent(run, tiles, specs, turned, like, dtype):
   """Within a kernel: `run(index, multiply)` for the tiles of this block.
 
-  `multiply(operands, target, steps, first, added)` forms one tile: the sum over
+  `multiply(operands, target, steps, first)` forms one tile: the sum over
   `steps` of 64 of K from step `first`.
 
   Args:
@@ -198,14 +195,13 @@ def _persistent(run, tiles, specs, turned, like, dtype):
     pl.run_scoped,
     allocations=allocations,
     o_smem=mosaic.tile(_HALF, BLOCK, dtype, buffers=(2,)),
-    barrier=plgpu.Barrier(num_barriers=2),
     collective_axes='wg',
   )
-  def _(allocations, o_smem, barrier):
+  def _(allocations, o_smem):
     warpgroup = lax.axis_index('wg')
     half = pl.ds(warpgroup * BLOCK, BLOCK)
 
-    def multiply(operands, target, steps, first=0, added=None):
+    def multiply(operands, target, steps, first=0):
       def step(_, a_smem, b_smem, accumulator):
         a = a_smem.T if turned[0] else a_smem
         b = b_smem.at[half].T if turned[1] else b_smem.at[:, half]
@@ -219,14 +215,10 @@ def _persistent(run, tiles, specs, turned, like, dtype):
           return accumulator[...]
 
         total = pl.run_scoped(scope, plgpu.ACC((_ROWS, BLOCK), jnp.float32))
-        mine, done = o_smem.at[warpgroup], barrier.at[warpgroup]
+        mine = o_smem.at[warpgroup]
         for row in range(0, _ROWS, _HALF):
           part, at = total[row : row + _HALF], (pl.ds(row, _HALF), half)
           plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-          if added is not None:
-            plgpu.copy_gmem_to_smem(added.at[at], mine, done)
-            plgpu.barrier_wait(done)
-            part += mine[...]
           mine[...] = part.astype(dtype)
           mosaic.store(mine, target.at[at])
 
@@ -270,7 +262,6 @@ def fp8_outer(
   x_RM: Quantized,
   y_RN: Quantized,
   groups: Groups,
-  add_to: jax.Array | None = None,
   implementation: str | None = None,
 ) -> jax.Array:
   """`ops.grouped.fp8_outer`."""
@@ -281,7 +272,7 @@ def fp8_outer(
     implementation, found, 'fp8 grouped wgrad', x_RM, y_RN
   )
   if not choice.is_kernel:
-    return reference.fp8_outer(x_RM, y_RN, groups, add_to)
+    return reference.fp8_outer(x_RM, y_RN, groups)
   return fp8_gemm.multiply(
     x_RM.codes.mT,
     y_RN.codes.mT[None],
@@ -289,5 +280,4 @@ def fp8_outer(
     y_RN.scales,
     dtype=jnp.float32,
     groups=fp8_gemm.Segments(groups.first_E, groups.blocks_E),
-    add_to=add_to,
   )

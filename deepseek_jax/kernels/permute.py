@@ -70,10 +70,7 @@ def permute(
 
 
 def unpermute(
-  rows_RD: jax.Array,
-  layout: Layout,
-  weights_TK: jax.Array | None = None,
-  implementation: str | None = None,
+  rows_RD: jax.Array, layout: Layout, implementation: str | None = None
 ) -> jax.Array:
   """`ops.grouped.unpermute`."""
   (R, D), dtype = rows_RD.shape, rows_RD.dtype
@@ -84,12 +81,10 @@ def unpermute(
     found.append(f'{K} rows do not fit into {_PIECE_BYTES} bytes')
   choice = dispatch.choose(implementation, found, 'unpermute', rows_RD)
   if not choice.is_kernel:
-    return reference.unpermute(rows_RD, layout, weights_TK)
+    return reference.unpermute(rows_RD, layout)
   Z = D // _LANES
-  weights = [] if weights_TK is None else [weights_TK]
 
-  def body(x_gmem, row_gmem, *rest, smem, o_smem, barrier):
-    *w_gmem, o_gmem = rest
+  def body(x_gmem, row_gmem, o_gmem, smem, o_smem, barrier):
     t, columns = lax.axis_index('token'), lax.axis_index('piece') * piece
     for k in range(K):
       source = x_gmem.at[row_gmem[t, k], pl.ds(columns, piece)]
@@ -97,8 +92,7 @@ def unpermute(
     total = jnp.zeros((piece, _LANES), jnp.float32)
     for k in range(K):
       plgpu.barrier_wait(barrier.at[k])
-      row = smem[k].astype(jnp.float32)
-      total += row * w_gmem[0][t, k] if w_gmem else row
+      total += smem[k].astype(jnp.float32)
     o_smem[...] = total.astype(dtype)
     mosaic.store(o_smem, o_gmem.at[t, pl.ds(columns, piece)])
     plgpu.wait_smem_to_gmem(0)
@@ -113,7 +107,7 @@ def unpermute(
       'o_smem': plgpu.SMEM((piece, _LANES), dtype),
       'barrier': plgpu.Barrier(num_barriers=K),
     },
-  )(rows_RD.reshape(R, Z, _LANES), layout.row_TK, *weights)
+  )(rows_RD.reshape(R, Z, _LANES), layout.row_TK)
   return sums.reshape(T, D)
 
 

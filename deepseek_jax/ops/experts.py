@@ -58,10 +58,14 @@ def sort_by_expert(expert_ids_TK: jax.Array, n_experts: int) -> Permutation:
 
 
 def unpermute(rows_RD: jax.Array, permutation: Permutation) -> jax.Array:
-  """Sums the K rows of each token, gathering rather than scattering: [T, D]."""
+  """Sums the K rows of each token, in float32: [T, D] in the rows' dtype.
+
+  It gathers rather than scatters.
+  """
   K = permutation.flat_to_row_TK.shape[1]
   picked = (rows_RD[permutation.flat_to_row_TK[:, k]] for k in range(K))
-  return functools.reduce(jnp.add, picked)
+  total = sum(row.astype(jnp.float32) for row in picked)
+  return total.astype(rows_RD.dtype)
 
 
 class _Blocks(NamedTuple):

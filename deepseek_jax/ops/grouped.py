@@ -78,31 +78,27 @@ def permute(x_TD: jax.Array, layout: Layout) -> jax.Array:
   return x_TD.at[layout.token_R].get(mode='fill', fill_value=0)
 
 
-def unpermute(
-  rows_RD: jax.Array, layout: Layout, weights_TK: jax.Array | None = None
-) -> jax.Array:
+def unpermute(rows_RD: jax.Array, layout: Layout) -> jax.Array:
   """Sums the rows of each token, in float32: [T, D] in the dtype of the rows.
 
-  Args:
-    rows_RD: rows that hold nothing are not read.
-    layout: of the rows.
-    weights_TK: float32, by which rows are multiplied.
+  Rows that hold nothing are not read.
   """
   total = 0.0
   for k in range(layout.row_TK.shape[1]):
     row = rows_RD.at[layout.row_TK[:, k]].get(mode='fill', fill_value=0)
-    row = row.astype(jnp.float32)
-    total += row if weights_TK is None else row * weights_TK[:, k, None]
+    total += row.astype(jnp.float32)
   return total.astype(rows_RD.dtype)
 
 
-def dot(x_RK: jax.Array, w_EKN: jax.Array, groups: Groups) -> jax.Array:
-  """Each row times its expert's matrix: [R, N] in the dtype of `x_RK`."""
+def dot(
+  x_RK: jax.Array, w_EKN: jax.Array, groups: Groups, dtype: Any = None
+) -> jax.Array:
+  """Each row times its expert's matrix: [R, N], by default as `x_RK` is."""
 
   def product(x, expert):
     return jnp.matmul(x, _at(w_EKN, expert), preferred_element_type=jnp.float32)
 
-  return _by_blocks(product, x_RK, w_EKN.shape[2], x_RK.dtype, groups)
+  return _by_blocks(product, x_RK, w_EKN.shape[2], dtype or x_RK.dtype, groups)
 
 
 def fp8_dot(
@@ -116,39 +112,22 @@ def fp8_dot(
   return _by_blocks(product, x_RK, w_EKN.shape[2], dtype, groups)
 
 
-def outer(
-  x_RM: jax.Array,
-  y_RN: jax.Array,
-  groups: Groups,
-  add_to: jax.Array | None = None,
-) -> jax.Array:
-  """Each expert's `x^T @ y`, a weight gradient: float32 [E, M, N].
-
-  Args:
-    x_RM: rows.
-    y_RN: rows.
-    groups: of the rows.
-    add_to: float32 [E, M, N], what the result is added to.
-  """
+def outer(x_RM: jax.Array, y_RN: jax.Array, groups: Groups) -> jax.Array:
+  """Each expert's `x^T @ y`, a weight gradient: float32 [E, M, N]."""
 
   def product(x, y):
     return jnp.matmul(x.T, y, preferred_element_type=jnp.float32)
 
-  return _by_expert(product, x_RM, y_RN, groups, add_to)
+  return _by_expert(product, x_RM, y_RN, groups)
 
 
-def fp8_outer(
-  x_RM: Quantized,
-  y_RN: Quantized,
-  groups: Groups,
-  add_to: jax.Array | None = None,
-) -> jax.Array:
+def fp8_outer(x_RM: Quantized, y_RN: Quantized, groups: Groups) -> jax.Array:
   """`outer` of FP8: both in 128 x 1 tiles along the rows."""
 
   def product(x, y):
     return fp8_matmul.dot(x.mT, y)
 
-  return _by_expert(product, x_RM, y_RN, groups, add_to)
+  return _by_expert(product, x_RM, y_RN, groups)
 
 
 def _by_blocks(product, x_RK, N, dtype, groups):
@@ -160,15 +139,15 @@ def _by_blocks(product, x_RK, N, dtype, groups):
   return lax.fori_loop(0, groups.count[0], body, y)
 
 
-def _by_expert(product, x_RM, y_RN, groups, add_to):
+def _by_expert(product, x_RM, y_RN, groups):
   def body(i, dw):
     e = groups.expert_B[i]
     block = _at(dw, e) + product(_block(x_RM, i), _block(y_RN, i))
     return lax.dynamic_update_index_in_dim(dw, block, e, 0)
 
   shape = groups.first_E.size, x_RM.shape[1], y_RN.shape[1]
-  dw = jnp.zeros(shape, jnp.float32) if add_to is None else add_to
-  return lax.fori_loop(0, groups.count[0], body, dw)
+  zeros = jnp.zeros(shape, jnp.float32)
+  return lax.fori_loop(0, groups.count[0], body, zeros)
 
 
 def _block(x, i):

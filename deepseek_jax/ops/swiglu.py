@@ -38,20 +38,24 @@ def fp8_swiglu(gate_TF: jax.Array, up_TF: jax.Array, recipe: Recipe) -> Input:
   if recipe.activation_tile == ROW_TILE:
     codes = steps.swiglu(*inputs, fmt=recipe.fmt, scale=recipe.scale)
   else:
-    hidden = swiglu(*(x.astype(jnp.float32) for x in inputs)).astype(dtype)
     codes = steps.quantize(
-      hidden, recipe.activation_tile, recipe.fmt, recipe.scale
+      _rounded_once(*inputs), recipe.activation_tile, recipe.fmt, recipe.scale
     )
   return Input(_rounded(gate_TF, up_TF, kept), codes, again)
 
 
+def _rounded_once(gate, up):
+  hidden = swiglu(gate.astype(jnp.float32), up.astype(jnp.float32))
+  return hidden.astype(gate.dtype)
+
+
 @jax.custom_vjp
 def _rounded(gate, up, kept):
-  return swiglu(gate, up)
+  return _rounded_once(gate, up)
 
 
 def _fwd(gate, up, kept):
-  return swiglu(gate, up), (kept, jnp.zeros((), gate.dtype))
+  return _rounded_once(gate, up), (kept, jnp.zeros((), gate.dtype))
 
 
 def _bwd(residuals, dhidden):
