@@ -83,14 +83,35 @@ def microbatches_for(schedule: str, ranks: int, n: int) -> tuple[int, str]:
   return max(least, round(n / step) * step), needs
 
 
+def stage_sizes(
+  n_layers: int, stages: int, asked: tuple[int, ...] = ()
+) -> tuple[int, ...]:
+  """Layers of each stage of a pipeline: as asked, or as equal as can be.
+
+  Of equal ones the last stages, beside the head, get fewer.
+
+  Raises:
+    ValueError: those asked for are other in number, or in sum.
+  """
+  _require(
+    not asked or (len(asked) == stages and sum(asked) == n_layers),
+    'parallel.stage_layers',
+    ','.join(map(str, asked)),
+    f'use {stages} numbers that add up to model.n_layers={n_layers}',
+  )
+  each, more = divmod(n_layers, stages)
+  return asked or tuple(each + (s < more) for s in range(stages))
+
+
 def require_even_ranks(schedule: str, field: str, ranks: int) -> None:
   """Raises `ValueError` if a pipeline needs an even number, and has none."""
+  near = [str(n) for n in (ranks - 1, ranks + 1) if n > 0]
   _require(
     schedule != 'dualpipe' or ranks % 2 == 0,
     field,
     ranks,
-    f'{schedule} needs an even number; the nearest are {max(2, ranks - 1)} and '
-    f'{ranks + 1}',
+    f'{schedule} needs an even number; the nearest '
+    f'{"are" if len(near) > 1 else "is"} {" and ".join(near)}',
   )
 
 
@@ -735,6 +756,12 @@ class Config:
       self.train.remat,
       'the layers of a pipeline are alike; use full, selective or none',
     )
+    _require(
+      parallel.stage > 1 or not parallel.stage_layers,
+      'parallel.stage_layers',
+      parallel.stage_layers,
+      'are those of a pipeline; set parallel.stage, or leave it empty',
+    )
     if parallel.stage > 1:
       require_even_ranks(parallel.schedule, 'parallel.stage', parallel.stage)
       self._check_microbatches()
@@ -777,12 +804,7 @@ class Config:
       f'{parallel.schedule} has {parallel.n_stages} stages on '
       f'{parallel.stage} ranks; give as many numbers',
     )
-    _require(
-      not sizes or sum(sizes) == self.model.n_layers,
-      'parallel.stage_layers',
-      parallel.stage_layers,
-      f'use numbers that add up to model.n_layers={self.model.n_layers}',
-    )
+    stage_sizes(self.model.n_layers, parallel.n_stages, sizes)
 
   @property
   def micro_batch_size(self) -> int:

@@ -1,7 +1,8 @@
 """Pipeline schedules side by side, for `bench --suite=pipeline`.
 
-Four layers on two CPU devices of one thread each, two to a rank whatever the
-schedule, and micro-batches long enough for arithmetic to take most of the time.
+Four layers and no MTP on two CPU devices of one thread each, two to a rank
+whatever the schedule, and micro-batches long enough for arithmetic to take most
+of the time.
 
 Each kind of task is timed alone, on one device.  The bubbles follow from these
 costs and from the tables that the program runs, so that they say nothing of the
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from deepseek_jax import config as config_lib
+from deepseek_jax.parallel import schedules as pipelines
 
 _RANKS, _MICROBATCHES = 2, 8
 _REPEATS = 5
@@ -37,7 +39,13 @@ _SHAPE = {
 def lines(
   config: config_lib.Config, names: Sequence[str] = config_lib.PIPELINES
 ) -> Iterator[str]:
-  """Ticks, bubbles, memory and compile time of schedules: a table."""
+  """Ticks, bubbles, memory and compile time of schedules: a table.
+
+  Raises:
+    ValueError: no such schedule.
+  """
+  for name in names:
+    pipelines.make(name, _RANKS, _MICROBATCHES)
   # Else a rank that works takes the core of one that waits.
   flags = os.environ.get('XLA_FLAGS', '')
   os.environ['XLA_FLAGS'] = f'{flags} --xla_cpu_multi_thread_eigen=false'
@@ -47,7 +55,7 @@ def lines(
   process.join(config.parallel)
   costs = _costs(config)
   yield (
-    f'{_RANKS} ranks, {_MICROBATCHES} micro-batches; a layer takes '
+    f'{_RANKS} ranks, {_MICROBATCHES} micro-batches, no MTP; a layer takes '
     f'{1e3 * costs.forward:.1f} ms for F, '
     f'{1e3 * (costs.backward - costs.weight):.1f} for an input gradient, '
     f'{1e3 * costs.weight:.1f} for W, {1e3 * costs.pair:.1f} for F&B'
@@ -63,9 +71,9 @@ def lines(
 
 
 def _row(name: str, costs: Any, measured: dict[str, Any]) -> str:
-  from deepseek_jax.parallel import schedules, simulate, ticks
+  from deepseek_jax.parallel import simulate, ticks
 
-  schedule = schedules.make(name, _RANKS, _MICROBATCHES)
+  schedule = pipelines.make(name, _RANKS, _MICROBATCHES)
   equal, own = (simulate.simulate(schedule, c) for c in (simulate.EQUAL, costs))
   table = ticks.build(schedule)
   layers = _LAYERS / schedule.stages  # Of a task; costs are of one.

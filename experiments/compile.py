@@ -10,9 +10,14 @@ planner's, what crosses each axis of the mesh, and how long compiling took.  Of
 loops whose length is decided at run time (further rounds of the experts) one
 pass is counted, and so is one of whatever a pipeline's tick may leave out (the
 head, the sums of gradients), which as work beside a collective counts for
-nothing.  The devices are `--parallel`'s; JAX's CUDA plugin is needed, not CUDA:
-see deepseek_jax/parallel/topology.py.
+nothing.  Of a pipeline's branches a rank takes one at a tick; the table counts
+all of them at every tick, which is more than any rank sends to its experts.
+The devices are `--parallel`'s; JAX's CUDA plugin is needed, not CUDA: see
+deepseek_jax/parallel/topology.py.
 """
+
+import os
+from typing import TextIO
 
 from absl import flags as absl_flags
 
@@ -29,6 +34,13 @@ _HLO = absl_flags.DEFINE_string('hlo', None, 'Also write the program here.')
 flags.define(default_preset='deepseek_v3')
 
 
+def _open() -> TextIO:
+  try:
+    return open(_HLO.value or os.devnull, 'w')
+  except OSError as error:
+    raise ValueError(f'--hlo={_HLO.value}: {error.strerror}') from error
+
+
 def main() -> None:
   """Compiles and prints."""
   from deepseek_jax.kernels import dispatch
@@ -36,6 +48,7 @@ def main() -> None:
   from deepseek_jax.training import ahead
 
   config, _ = flags.resolve()
+  _open().close()  # It may not be writable: before minutes of compilation.
   try:
     devices = topology.topology(_TOPOLOGY.value, config.parallel.n_devices)
   except RuntimeError as error:  # What to install.
@@ -43,7 +56,7 @@ def main() -> None:
   with dispatch.told(print):
     program = getattr(ahead, _WHAT.value)(config, devices)
   if _HLO.value:
-    with open(_HLO.value, 'w') as file:
+    with _open() as file:
       file.write(program.hlo)
   print(ahead.describe(program, config, is_step=_WHAT.value == 'train_step'))
   if _OVERLAP.value:

@@ -242,12 +242,16 @@ def test_a_run_in_fp8_codes_is_evaluated_and_continued(swept, tmp_path):
     (['sweep', '--sweep=seed=0', '--columns=x'], "no 'x'; there are val_loss"),
     (['sweep', '--sweep=optim.lr=-1'], 'optim.lr=-1.0: use at least 0'),
     (['ablations.mtp', '--seeds=x'], 'must be an integer'),
+    (['bench', '--suite=pipeline', '--schedules=1f1b,x'], "schedule='x': use"),
+    (['compile', '--hlo=/no/such'], '--hlo=/no/such: No such file'),
+    (['plan', '--schedule=1f1b', '--out=/proc/x.png'], 'x.png: No such file'),
+    (['plan', '--schedule=1f1b', '--out=x.gif'], 'end it in .png or .svg'),
     (['ablations.mtp', '--model.dims=1'], 'did you mean --model.dim?'),
   ],
 )
 def test_a_mistake_is_one_line(arguments, message):
-  status, _, errors = _command(*arguments)
-  assert status == 2
+  status, output, errors = _command(*arguments)
+  assert status == 2 and not output
   assert errors.startswith('ERROR: '), errors
   assert message in errors
   assert len(errors.splitlines()) == 1, errors

@@ -50,7 +50,7 @@ def _boxes(preset):
 
 
 def _parts(spec, sizes):
-  axes = [axis for entry in spec for axis in sharding._axes(entry)]
+  axes = [axis for entry in spec for axis in rules.axes_of(entry)]
   assert len(axes) == len(set(axes)), spec
   return math.prod(sizes[axis] for axis in axes)
 
@@ -116,6 +116,25 @@ class MeshTest(parameterized.TestCase):
     self.assertEqual(set(mesh.axis_types), {AxisType.Auto})
     ids = [d.id for d in mesh.devices[0, 0, 0, 0]]
     self.assertEqual(ids, [0, 1, 2, 3])
+
+  @parameterized.parameters(
+    ('cpu', 2, ()),
+    ('gpu', 1, ('latency_hiding_scheduler',)),
+    (
+      'gpu',
+      2,
+      (
+        'latency_hiding_scheduler',
+        'pipelined_all_gather',
+        'pipelined_reduce_scatter',
+      ),
+    ),
+  )
+  def test_gpus_compute_while_they_send(self, platform, fsdp, names):
+    devices = np.array([mock.Mock(platform=platform)])
+    mesh = mock.Mock(devices=devices, shape={**_SINGLE, 'fsdp': fsdp})
+    expected = {f'xla_gpu_enable_{name}': True for name in names}
+    self.assertEqual(mesh_lib.compiler_options(mesh), expected)
 
   @parameterized.parameters(
     ({'data': 3}, r'3 devices, but there are 8: use --parallel.data=8'),

@@ -100,6 +100,7 @@ class ValidityTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ('dualpipe', 7, 20, 'ranks=7.*nearest are 6 and 8'),
+    ('dualpipe', 1, 20, 'ranks=1.*nearest is 2$'),
     ('dualpipe', 8, 19, 'microbatches=19.*nearest is 20'),
     ('dualpipe', 8, 12, 'microbatches=12.*nearest is 16'),
     ('dualpipe_v', 8, 12, 'microbatches=12.*nearest is 16'),
@@ -252,6 +253,33 @@ class ViewTest(parameterized.TestCase):
     words = done.stdout.replace('\n  ', ' ')
     self.assertIn(f'r3: {_FIGURE_5[3]}\n', words)
     self.assertIn('makespan 66, bubble by table 2: 6', done.stdout)
+
+  @parameterized.parameters('1f1b', 'zb_h1', 'dualpipe_v')
+  def test_the_unit_of_costs_changes_nothing(self, name):
+    schedule = schedules.make(name, 4, 8)
+
+    def view(unit):
+      costs = simulate.Costs(*(unit * n for n in (1, 2, 1, 3)))
+      run = simulate.simulate(schedule, costs)
+      size = timeline.figure(run).get_size_inches().tolist()
+      return timeline.text(run).splitlines()[1:5], size
+
+    rows, size = view(1)
+    self.assertEqual(view(1 / 128), (rows, size))
+    self.assertTrue(all(len(row) > 4 + 24 for row in rows))
+
+  def test_the_table_is_in_stages_of_1f1b(self):
+    """V3 table 2, and where its bubble is not what runs."""
+    for name, held in ('1f1b', '1 4'), ('dualpipe', '2 5'), (
+      'dualpipe_v', '1 4.5'
+    ):  # fmt: skip
+      run = simulate.simulate(schedules.make(name, 4, 8))
+      row, *_ = (s for s in timeline.text(run).splitlines() if s[:5] == '   0 ')
+      self.assertEqual(row.split()[-2:], held.split())
+      self.assertNotIn('equal costs', timeline.text(run))
+    schedule = schedules.make('zb_h1', 4, 8)
+    run = simulate.simulate(schedule, simulate.Costs(1, 3, 2, 4))
+    self.assertIn('table 2: 0 (exact at equal costs)', timeline.text(run))
 
   def test_command_refuses(self):
     done = subprocess.run(

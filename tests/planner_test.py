@@ -9,7 +9,6 @@ from absl.testing import absltest, parameterized
 
 from deepseek_jax import config as config_lib
 from deepseek_jax import presets
-from deepseek_jax.parallel import placement as pipeline_placement
 from deepseek_jax.parallel import schedules, simulate, ticks
 from deepseek_jax.planner import (
   activations,
@@ -213,8 +212,7 @@ class PlacementTest(parameterized.TestCase):
     """As `parallel.placement` cuts, or as asked: chunks of four MoE layers."""
     model = presets.deepseek_v3().model
     cut = placement.stages(model, 16)
-    sizes = [s.dense + s.moe for s in cut]
-    self.assertEqual(sizes, pipeline_placement.even_sizes(61, 16))
+    self.assertEqual([s.dense + s.moe for s in cut], [4] * 13 + [3] * 3)
     cut = placement.stages(model, 16, _v3().parallel.stage_sizes)
     self.assertEqual([s.dense for s in cut], [3] + [0] * 15)
     self.assertEqual([s.moe for s in cut], [0] + [4] * 14 + [2])
@@ -378,6 +376,10 @@ class BoundsTest(parameterized.TestCase):
     run = simulate.simulate(schedule)
     share = found.bubble / (found.compute + found.bubble)
     self.assertAlmostEqual(share, run.bubble(7) / run.makespan)
+    table = ticks.build(schedule)
+    share = found.lockstep / (found.compute + found.lockstep)
+    self.assertAlmostEqual(share, table.bubble(7) / table.makespan())
+    self.assertGreater(found.lockstep, found.bubble)
 
   def test_fp8_doubles_the_linears_only(self):
     h800 = devices.DEVICES['h800']

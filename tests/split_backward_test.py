@@ -45,6 +45,18 @@ def _two_layers(params, state, x, aux):
   return x + state, {'mean': x.mean()}
 
 
+def _scoped(params, state, x, aux):
+  """A product in a scope around a call, and one within it."""
+
+  @jax.jit
+  def inner(x):
+    with jax.named_scope('inner'):
+      return jnp.sin(x @ params)
+
+  with jax.named_scope('outer'):
+    return inner(x), {}
+
+
 def _matrices(n):
   rng = np.random.default_rng(0)
   w1, w2 = rng.normal(size=(2, n, 64, 64)).astype(np.float32) / 8
@@ -251,6 +263,22 @@ class LayerTest(parameterized.TestCase):
     self.assertLen(matrices, n_matrices - 1)  # The gate stays in float32.
     # Full rematerialisation keeps nothing but the layer's input.
     self.assertEqual([r.shape for r in split.residuals], [args[2].shape])
+
+
+class ScopeTest(absltest.TestCase):
+  def test_names_of_a_profile_are_kept(self):
+    x = jnp.ones((4, 4))
+    split = split_backward.split(_scoped, x, (), x, ())
+    own = x, (), []
+    parts = (
+      (split.forward, (*own, x, ())),
+      (split.input_grad, (*own, (), split.residuals, x)),
+      (split.weight_grad, (*own, (), split.residuals, split.cut)),
+    )
+    for part, arguments in parts:
+      jaxpr = jax.make_jaxpr(part)(*arguments)
+      [dot] = (e for e in jaxpr.eqns if e.primitive.name == 'dot_general')
+      self.assertRegex(str(dot.source_info.name_stack), 'outer.*/.*inner')
 
 
 if __name__ == '__main__':

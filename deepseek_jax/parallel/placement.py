@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from deepseek_jax.parallel import sharding, ticks
+from deepseek_jax.parallel import rules, sharding, ticks
 from deepseek_jax.parallel.schedules import Schedule
 
 AXIS = 'stage'
@@ -27,23 +27,10 @@ Signature = tuple[str, ...]  # The kinds of a stage's layers.
 
 
 def cut(layers: Sequence[Layer], sizes: Sequence[int]) -> list[list[Layer]]:
-  """Cuts the layers of a model, in order, into stages of the given sizes.
-
-  Raises:
-    ValueError: the sizes do not add up.
-  """
-  if sum(sizes) != len(layers) or min(sizes) < 0:
-    raise ValueError(
-      f'parallel.stage_layers={",".join(map(str, sizes))}: use numbers that '
-      f'add up to the {len(layers)} layers'
-    )
+  """Cuts the layers of a model, in order, into stages of the given sizes."""
+  assert sum(sizes) == len(layers), (sizes, layers)
   ends = np.cumsum(sizes)
   return [list(layers[end - n : end]) for n, end in zip(sizes, ends)]
-
-
-def even_sizes(n_layers: int, stages: int) -> list[int]:
-  """As equal as can be; the last stages, beside the head, get fewer."""
-  return [n_layers // stages + (s < n_layers % stages) for s in range(stages)]
 
 
 class Layout:
@@ -106,7 +93,7 @@ def divide(
   Raises:
     ValueError: a matrix of which no dimension can be divided.
   """
-  ranks, entries = sizes[AXIS], [_axes(entry) for entry in spec]
+  ranks, entries = sizes[AXIS], [rules.axes_of(entry) for entry in spec]
   entries += [()] * (len(shape) - len(entries))
   parts = [int(np.prod([sizes[a] for a in axes])) for axes in entries]
   local = [n // p for n, p in zip(shape, parts)]
@@ -121,12 +108,6 @@ def divide(
   return PartitionSpec(*(axes or None for axes in entries))
 
 
-def _axes(entry: Any) -> tuple[str, ...]:
-  if entry is None:
-    return ()
-  return (entry,) if isinstance(entry, str) else tuple(entry)
-
-
 def _extra(stored: PartitionSpec, used: PartitionSpec):
   """(dimension, axis) that divide what is stored, but not what is used.
 
@@ -137,8 +118,8 @@ def _extra(stored: PartitionSpec, used: PartitionSpec):
   extra = [
     (dim, axis)
     for dim, entry in enumerate(stored)
-    for axis in reversed(_axes(entry))
-    if axis not in _axes(used[dim])
+    for axis in reversed(rules.axes_of(entry))
+    if axis not in rules.axes_of(used[dim])
   ]
   return sorted(extra, key=lambda e: e[1] != AXIS)
 
@@ -201,7 +182,7 @@ def give_back(
 
 
 def _all_axes(spec: PartitionSpec) -> tuple[str, ...]:
-  return tuple(axis for entry in spec for axis in _axes(entry))
+  return tuple(axis for entry in spec for axis in rules.axes_of(entry))
 
 
 def _take(x, indices):

@@ -84,6 +84,13 @@ def place(
   return Placement(_spec(stored), _spec(step), _spec(used))
 
 
+def axes_of(entry: str | Iterable[str] | None) -> tuple[str, ...]:
+  """The axes of one entry of a `PartitionSpec`, outermost first."""
+  if entry is None:
+    return ()
+  return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
 def _fixed_dims(names, shape, sizes) -> _Dims:
   if len(names) != len(shape):
     raise ValueError(f'{len(names)} names {names} for the shape {shape}')

@@ -189,13 +189,13 @@ def one_f_one_b(ranks: int, microbatches: int) -> Schedule:
   return _make('1f1b', microbatches, [_line(ranks)], rows)
 
 
-def interleaved(ranks: int, microbatches: int, chunks: int = 2) -> Schedule:
+def interleaved(ranks: int, microbatches: int) -> Schedule:
   """Interleaved 1F1B: stage s is on rank s mod ranks (arXiv 2104.04473).
 
-  Micro-batches pass in groups of `ranks`, each group through all chunks.
+  Micro-batches pass in groups of `ranks`, each group through both chunks.
   """
-  _require(chunks >= 2, 'chunks', chunks, 'use at least 2, or schedule=1f1b')
   _require_microbatches('interleaved', ranks, microbatches)
+  chunks = 2
   total = microbatches * chunks
 
   def chunk(i):

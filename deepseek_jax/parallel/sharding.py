@@ -89,7 +89,7 @@ def reduce(
   """
   for dim, axes in _extra(want, have):
     gradient = psum_scatter(gradient, axes, dim)
-  done = {axis for entry in want for axis in _axes(entry)}
+  done = {axis for entry in want for axis in rules.axes_of(entry)}
   rest = tuple(axis for axis in shards(rules.BATCH) if axis not in done)
   return lax.psum(gradient, rest) if rest else gradient
 
@@ -135,14 +135,7 @@ def _extra(
 ) -> Iterator[tuple[int, tuple[str, ...]]]:
   """(dimension, axes) that divide by `more` and not by `fewer`."""
   for dim, (a, b) in enumerate(zip(more, fewer)):
-    a, b = _axes(a), _axes(b)
+    a, b = rules.axes_of(a), rules.axes_of(b)
     assert a[: len(b)] == b, (more, fewer)
     if len(a) > len(b):
       yield dim, a[len(b) :]
-
-
-def _axes(entry: Any) -> tuple[str, ...]:
-  """The axes of one entry of a `PartitionSpec`, outermost first."""
-  if entry is None:
-    return ()
-  return (entry,) if isinstance(entry, str) else tuple(entry)

@@ -55,11 +55,15 @@ class _Equation:
   inputs: tuple[Any, ...]  # _Var or Literal
   outputs: tuple[_Var, ...]
   eqn: Any
-  in_exchange: bool  # Of rows, with other devices.
+  scope: str  # Its names in a profile, of all calls around it.
 
   @property
   def reads(self) -> list[_Var]:
     return [v for v in self.inputs if isinstance(v, _Var)]
+
+  @property
+  def in_exchange(self) -> bool:
+    return turns.SCOPE in self.scope
 
   @property
   def sends(self) -> bool:
@@ -73,7 +77,7 @@ class _Flat:
     self.equations: list[_Equation] = []
     self.constants: dict[_Var, Any] = {}
 
-  def add(self, jaxpr, constants, arguments, in_exchange=False) -> list[Any]:
+  def add(self, jaxpr, constants, arguments, around='') -> list[Any]:
     """Appends a jaxpr applied to `arguments`; its outputs."""
     env = dict(zip(jaxpr.invars, arguments))
     for var, value in zip(jaxpr.constvars, constants):
@@ -86,14 +90,13 @@ class _Flat:
     for eqn in jaxpr.eqns:
       inputs = [read(atom) for atom in eqn.invars]
       body = _body(eqn)
-      scope = str(eqn.source_info.name_stack)
-      inside = in_exchange or turns.SCOPE in scope
+      scope = f'{around}/{eqn.source_info.name_stack}'.strip('/')
       if body is not None:
-        outputs = self.add(*body, inputs, inside)
+        outputs = self.add(*body, inputs, scope)
       else:
         outputs = [_Var(var.aval) for var in eqn.outvars]
         self.equations.append(
-          _Equation(tuple(inputs), tuple(outputs), eqn, inside)
+          _Equation(tuple(inputs), tuple(outputs), eqn, scope)
         )
       env.update(zip(eqn.outvars, outputs))
     return [read(atom) for atom in jaxpr.outvars]
@@ -199,7 +202,7 @@ def _evaluate(equations: Iterable[_Equation], env: dict[_Var, Any]) -> None:
   for e in equations:
     primitive = e.eqn.primitive
     params = primitive.get_bind_params(e.eqn.params)
-    with e.eqn.ctx.manager:
+    with e.eqn.ctx.manager, jax.named_scope(e.scope):
       inputs = [_read(env, atom) for atom in e.inputs]
       values = primitive.bind(*inputs, **params)
     many = primitive.multiple_results

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from deepseek_jax.config import Config
-from deepseek_jax.parallel import simulate
+from deepseek_jax.parallel import simulate, ticks
 from deepseek_jax.parallel.schedules import Schedule
 from deepseek_jax.planner import communication, flops, placement
 from deepseek_jax.planner.communication import Traffic
@@ -17,7 +17,8 @@ class Cost(NamedTuple):
     tokens: of the whole batch.
     flops: of one device; recomputation not counted.
     compute: these at the device's peak.
-    bubble: time in which a pipeline's rank waits, at that speed.
+    bubble: time in which a pipeline's rank waits, at that speed, on paper.
+    lockstep: likewise, in one program for all ranks (`parallel/ticks.py`).
     sending: time of the busiest link.
   """
 
@@ -25,6 +26,7 @@ class Cost(NamedTuple):
   flops: float
   compute: float
   bubble: float
+  lockstep: float
   sending: float
 
   @property
@@ -79,10 +81,12 @@ def of_rank(
     if config.precision.of(module).fp8.enabled
   )
   compute = share * ((total - fast) / device.bf16 + fast / device.fp8)
-  bubble = 0.0
+  bubble = lockstep = 0.0
   if schedule:
-    run = simulate.simulate(schedule)
-    bubble = compute * run.bubble(rank) / run.busy(rank)
+    run, table = simulate.simulate(schedule), ticks.build(schedule)
+    bubble, lockstep = (
+      compute * r.bubble(rank) / run.busy(rank) for r in (run, table)
+    )
   sent = traffic(config, schedule, rank)
   sending = communication.lower_bound(sent, device)
-  return Cost(tokens, share * total, compute, bubble, sending)
+  return Cost(tokens, share * total, compute, bubble, lockstep, sending)

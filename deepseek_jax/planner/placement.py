@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from deepseek_jax.config import Config, ModelConfig
+from deepseek_jax.config import Config, ModelConfig, stage_sizes
 from deepseek_jax.parallel.schedules import Schedule
 from deepseek_jax.planner import parameters
 
@@ -40,22 +40,14 @@ def stages(
   Args:
     model: the architecture.
     n: stages.
-    sizes: layers of each; none: equally many, the last stages one fewer.  MTP
-      modules are not counted: they are with the output head on the last.
+    sizes: layers of each; none: see `config.stage_sizes`.  MTP modules are not
+      counted: they are with the output head on the last.
 
   Raises:
     ValueError: the sizes do not fit.
   """
-  if not sizes:
-    each, more = divmod(model.n_layers, n)
-    sizes = tuple(each + (i < more) for i in range(n))
-  if len(sizes) != n or sum(sizes) != model.n_layers:
-    raise ValueError(
-      f'parallel.stage_layers={",".join(map(str, sizes))}: use {n} numbers '
-      f'that add up to model.n_layers={model.n_layers}'
-    )
   result, start = [], 0
-  for i, count in enumerate(sizes):
+  for i, count in enumerate(stage_sizes(model.n_layers, n, sizes)):
     dense = min(max(model.n_first_dense - start, 0), count)
     last = i == n - 1
     mtp = model.n_mtp_layers if last else 0

@@ -59,7 +59,7 @@ def _ranks(config, schedule, per_rank) -> str:
   """What the devices of each rank hold."""
   lines = [
     'What one device holds, in GB, by its place in the pipeline:',
-    '| rank | layers | parameters | micro-batches | state | weights | '
+    '| rank | layers | parameters | live stages | state | weights | '
     'gradients | activations | deferred | working | total |',
     '|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|',
   ]
@@ -130,9 +130,15 @@ def _bounds(config, device, schedule, rank) -> str:
   c = cost.of_rank(config, named, schedule, rank)
   rate = c.tokens / c.step / config.parallel.n_devices
   mfu = c.flops / c.step / named.bf16
+  bubble = ''
+  if schedule:
+    bubble = (
+      f'{c.bubble:.3g} s of bubble\non paper and {c.lockstep:.3g} s in '
+      'lockstep, as it runs here, '
+    )
   return (
-    f'A step: {c.compute:.3g} s of computation at peak, {c.bubble:.3g} s of '
-    f'bubble, {c.sending:.3g} s of sending\non the busier link. It takes at '
+    f'A step: {c.compute:.3g} s of computation at peak, {bubble}'
+    f'{c.sending:.3g} s of sending\non the busier link. It takes at '
     f'least {c.step:.3g} s: at most {rate:,.0f} tokens/s a device,\n'
     f'{mfu:.1%} of its BF16 peak.'
   )

@@ -1,5 +1,6 @@
 """A schedule as a picture, like figure 5 of V3, and as text for a terminal."""
 
+import math
 import os
 import pathlib
 import textwrap
@@ -30,13 +31,16 @@ def draw(timeline: Timeline, path: str | os.PathLike) -> None:
   """Draws a simulated run into a .png or .svg, making its folder if need be.
 
   Raises:
-    ValueError: another suffix.
+    ValueError: another suffix, or a place where nothing can be written.
   """
   path = pathlib.Path(path)
   if path.suffix not in ('.png', '.svg'):
     raise ValueError(f'out={path}: end it in .png or .svg')
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure(timeline).savefig(path, dpi=_DPI)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure(timeline).savefig(path, dpi=_DPI)
+  except OSError as error:
+    raise ValueError(f'out={path}: {error.strerror}') from error
 
 
 def figure(timeline: Timeline) -> Any:
@@ -49,11 +53,12 @@ def figure(timeline: Timeline) -> Any:
   from matplotlib import patches
 
   schedule = timeline.schedule
-  width = min(40.0, 2 + 0.26 * timeline.makespan)
+  length = 0.26 * timeline.makespan / _least(timeline)
+  width = min(40.0, 2 + length)
   height = 1.6 + 0.42 * schedule.ranks
   result = figure_lib.Figure((max(6.0, width), height), layout='constrained')
   axis = result.subplots()
-  size = 6 if timeline.makespan * 0.26 <= width else 0
+  size = 6 if length <= width else 0
   for rank, row in enumerate(schedule.rows):
     for i, step in enumerate(row):
       start, end = timeline.starts[rank][i], timeline.ends[rank][i]
@@ -101,6 +106,12 @@ def _draw_step(axis, rank, start, end, step: Step, size):
     )
 
 
+def _least(timeline: Timeline) -> float:
+  """The time of the shortest step that takes any."""
+  steps = {step for row in timeline.schedule.rows for step in row}
+  return min(filter(None, map(timeline.costs.of, steps)))
+
+
 def _title(timeline: Timeline) -> str:
   schedule, costs = timeline.schedule, timeline.costs
   return (
@@ -121,7 +132,7 @@ def text(timeline: Timeline) -> str:
 
 def _chart(timeline: Timeline) -> str:
   """One line a rank: what it does in the middle of each column's time."""
-  unit = max(1.0, timeline.makespan / _WIDTH)
+  unit = max(_least(timeline), timeline.makespan / _WIDTH)
   columns = round(timeline.makespan / unit)
   lines = []
   for rank, row in enumerate(timeline.schedule.rows):
@@ -138,15 +149,21 @@ def _chart(timeline: Timeline) -> str:
 
 
 def _table(timeline: Timeline) -> str:
+  """Parameters and activations in those of a rank of 1F1B, as in table 2."""
   schedule = timeline.schedule
-  lines = ['rank   busy bubble   share  activations']
+  parts = schedule.stages // schedule.ranks
+  lines = ['rank   busy bubble   share  parameters  activations']
   for rank in range(schedule.ranks):
     bubble = timeline.bubble(rank)
     lines.append(
       f'{rank:4} {timeline.busy(rank):6.4g} {bubble:6.4g} '
-      f'{bubble / timeline.makespan:7.1%} '
-      f'{simulate.peak_activations(schedule, rank):12}'
+      f'{bubble / timeline.makespan:7.1%} {schedule.chunks // parts:11} '
+      f'{simulate.peak_activations(schedule, rank) / parts:12g}'
     )
   formula = simulate.bubble_formula(schedule, timeline.costs)
+  bubbles = map(timeline.bubble, range(schedule.ranks))
+  is_exact = any(math.isclose(formula, b, abs_tol=1e-9) for b in bubbles)
   end = f'makespan {timeline.makespan:g}, bubble by table 2: {formula:g}'
-  return '\n'.join([*lines, end])
+  return '\n'.join(
+    [*lines, end + ('' if is_exact else ' (exact at equal costs)')]
+  )

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax import config as config_lib
 from deepseek_jax.config import Config, ModelConfig, ParallelConfig
 from deepseek_jax.models import deepseek
 from deepseek_jax.ops import embedding
@@ -66,8 +67,9 @@ def stages(
   """The layers of each stage: `parallel.stage_layers`, or equally many."""
   layers = [('dense_layers', i) for i in range(model.n_first_dense)]
   layers += [('moe_layers', i) for i in range(model.n_moe_layers)]
-  even = placement.even_sizes(len(layers), parallel.n_stages)
-  return placement.cut(layers, parallel.stage_sizes or even)
+  asked = parallel.stage_sizes
+  sizes = config_lib.stage_sizes(len(layers), parallel.n_stages, asked)
+  return placement.cut(layers, sizes)
 
 
 def make_schedule(parallel: ParallelConfig, microbatches: int) -> Schedule:
