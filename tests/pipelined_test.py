@@ -51,6 +51,15 @@ _SMALL = {
 
 # Updates of cases.
 _ZERO1 = (('parallel.data', 2), ('parallel.zero1', True))
+_EXPERTS = ('parallel.expert', 2)
+_SHARED = (_EXPERTS, ('parallel.microbatches', 4))  # By two more axes of two.
+# What a pipeline has no test of its own for.
+_OTHERWISE = (
+  ('model.tie_embeddings', True),
+  ('model.n_mtp_layers', 2),
+  ('model.moe.balance', 'none'),
+  ('data.mask_documents', True),
+)
 _NODES = (
   ('parallel.node', 2),
   ('parallel.expert', 2),
@@ -173,12 +182,12 @@ class GradientsTest(parameterized.TestCase):
   """Three steps by hand, for what a compiled step costs to compile."""
 
   @parameterized.parameters(
-    _Case('gpipe', 2, (('parallel.fsdp', 2),)),
-    _Case('interleaved', 2, _ZERO1),
-    _Case('zb_h1', 4),
+    _Case('gpipe', 2, (('parallel.fsdp', 2), *_SHARED)),
+    _Case('interleaved', 2, (*_ZERO1, *_SHARED)),
+    _Case('zb_h1', 4, _OTHERWISE),
     _Case('dualpipe', 4, (('parallel.stage_layers', '0,2,1,1'),)),
-    _Case('dualpipe_v', 2, (('parallel.stage_layers', '1,2,0,1'),)),
-    _Case('1f1b', 2, (('parallel.expert', 2),)),
+    _Case('dualpipe_v', 2, (('parallel.stage_layers', '1,2,0,1'), _EXPERTS)),
+    _Case('1f1b', 2, (_EXPERTS,)),
     _Case('dualpipe', 2, _NODES),
   )
   @pytest.mark.slow
@@ -396,6 +405,26 @@ class PlanTest(parameterized.TestCase):
     self.assertBetween(own.gradients / plan.gradients, 0.999, 1)
 
 
+class DenseTest(parameterized.TestCase):
+  def test_a_model_without_experts(self):
+    """Its one kind of layer has no statistics; traced alone."""
+    case = _Case('dualpipe', 2, (('model.moe.n_routed_experts', 0),))
+    config, model, layout, _, state, _ = _setup(case)
+    batch = _batch(config, 0)
+    grads, report = jax.eval_shape(
+      step_lib.make_gradients(model, config, step_lib.pretrain_loss, layout),
+      state.params,
+      state.router_state,
+      batch,
+      training_schedules.Schedule(config).at(0),
+      step_lib.batch_totals(batch, config),
+    )
+    jax.tree.map(
+      lambda g, p: self.assertEqual(g.shape, p.shape), grads, state.params
+    )
+    self.assertNotIn('moe_layers', report['stats'])
+
+
 class ConfigTest(parameterized.TestCase):
   def test_names_of_schedules_are_the_flags_values(self):
     self.assertEqual(config_lib.PIPELINES, tuple(schedules.SCHEDULES))
@@ -480,6 +509,10 @@ class ConfigTest(parameterized.TestCase):
       base['parallel.microbatches'] = 4
     with self.assertRaisesRegex(ValueError, message):
       config_lib.replace(presets.tiny(), base | more)
+
+  def test_refuses_sizes_of_no_stages(self):
+    with self.assertRaisesRegex(ValueError, "stage_layers='9,9': .* pipel"):
+      config_lib.replace(presets.tiny(), {'parallel.stage_layers': '9,9'})
 
   def test_refuses_other_objectives(self):
     config = _Case('dualpipe', 2).config
