@@ -57,7 +57,7 @@ def prefill(
     chunk: tokens per pass; 0: a default.
   """
   lengths = np.array([len(p) for p in prompts], np.int32)
-  T = chunk_length(lengths.max(), chunk)
+  T = chunk_length(int(lengths.max()), chunk)
   n_chunks, M = -(-lengths.max() // T), len(cache.mtp)
   assert n_chunks * T <= cache.capacity, (n_chunks, T, cache.capacity)
   tokens = np.zeros((len(prompts), n_chunks * T + M), np.int32)
