@@ -1,6 +1,7 @@
 """Converted models in `transformers`, and our own runs there and back."""
 
 import copy
+import functools
 import json
 import os
 import pathlib
@@ -81,11 +82,12 @@ class TransformersTest(support.FolderTestCase):
       self.folder / 'hf', dtype=torch.float32, attn_implementation='eager'
     )
     prompt, n_new = np.arange(40)[None] * 7 % 512, 8  # Beyond 16: YaRN.
-    logits = jax.jit(
-      lambda tokens: deepseek.Transformer(config.model).apply(
+    forward = jax.jit(
+      lambda variables, tokens: deepseek.Transformer(config.model).apply(
         variables, tokens, method='logits'
       )
     )
+    logits = functools.partial(forward, variables)
     tokens = np.concatenate([prompt, np.zeros((1, n_new), int)], 1)
     with torch.inference_mode():
       expected = theirs(torch.tensor(tokens)).logits.numpy()
@@ -99,6 +101,21 @@ class TransformersTest(support.FolderTestCase):
       min_new_tokens=n_new,
     )  # fmt: skip
     np.testing.assert_array_equal(text.numpy(), tokens)
+    # The streamed conversion to BF16: these weights, in float32 on both sides.
+    run.convert(self.folder / 'hf', self.folder / 'bf16', 'hf', 'bf16')
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+      self.folder / 'bf16', attn_implementation='eager'
+    )
+    self.assertEqual(theirs.dtype, torch.bfloat16)
+    with torch.inference_mode():
+      expected = theirs.float()(torch.tensor(tokens)).logits.numpy()
+    rounded = convert.load_hf(self.folder / 'bf16', 'f32')[1]
+    tolerances.assert_close(
+      forward(rounded, jnp.int32(tokens)),
+      expected,
+      tolerances.COMPONENT_PARITY,
+      kind,
+    )
 
   def test_what_transformers_saves_comes_in(self):
     config = _run_config('v3', n_mtp_layers=0)

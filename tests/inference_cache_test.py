@@ -116,6 +116,29 @@ class CachedForwardTest(parameterized.TestCase):
           got[known], picked[known], tolerances.DEEP_MODEL
         )
 
+  def test_in_bfloat16_all_forms_are_near_one_another(self):
+    model, variables, texts, expected = _case('mla_yarn_two_mtp')
+    half = model.clone(
+      precision=config_lib.PrecisionConfig(compute_dtype='bfloat16')
+    )
+    empty = cache_lib.init(model.config, 3, _CAPACITY, jnp.bfloat16)
+    prompts = [row[:n].tolist() for row, n in zip(texts, _LENGTHS)]
+    done = prefill.prefill(
+      half, variables, empty, prompts, max(_LENGTHS), _CHUNK
+    )
+    for row, want, n in zip(done.last_BWD, expected.hidden_BTD, _LENGTHS):
+      tolerances.assert_close(row[-n:], want[:n], tolerances.BFLOAT16)
+    at = done.cache.lengths_B[:, None]
+    hidden, _, _ = jax.jit(functools.partial(half.apply, method='extend'))(
+      variables,
+      texts[np.arange(3)[:, None], at],
+      at,
+      jnp.ones((3, 1)),
+      done.cache.layers,
+    )
+    want = expected.hidden_BTD[np.arange(3)[:, None], np.asarray(at)]
+    tolerances.assert_close(hidden, want, tolerances.BFLOAT16)
+
   def test_stacked_parameters_serve_as_well(self):
     name = 'mla_yarn_two_mtp'
     model, variables, _, _ = _case(name)

@@ -15,13 +15,18 @@ _NEW = 6
 
 @pytest.fixture(scope='module')
 def trained():
-  """Two layers whose random weights are large: it prefers some token."""
+  """Two layers whose random weights are large: it prefers some token.
+
+  Texts soon leave YaRN's original context.
+  """
   config = config_lib.replace(
     presets.tiny(),
     {
       'model.n_layers': 2,
       'model.n_mtp_layers': 0,
       'model.init_std': 0.3,
+      'model.rope.factor': 4.0,
+      'model.rope.original_seq_len': 4,
     },
   )
   model = step_lib.build_model(config)

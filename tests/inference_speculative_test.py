@@ -132,14 +132,20 @@ def test_drafts_are_what_training_would_predict():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('drafts', [1, 2])
-def test_sampling_has_the_models_distribution(drafts):
-  """Of pairs of tokens, over many texts that begin alike."""
+@pytest.mark.parametrize('n_mtp_layers, top_k', [(1, 0), (2, 3)])
+def test_sampling_has_the_models_distribution(n_mtp_layers, top_k):
+  """Of three tokens, over many texts that begin alike; with two drafts."""
   V, copies = 4, 4096
-  model, variables, unstacked = _model(1, V, 0.4)
+  model, variables, unstacked = _model(n_mtp_layers, V, 0.4)
   prompt = [1, 3, 0]
   result = generate.generate(
-    model, unstacked, [prompt] * copies, 3, temperature=1.3, drafts=drafts
+    model,
+    unstacked,
+    [prompt] * copies,
+    3,
+    temperature=1.3,
+    top_k=top_k,
+    drafts=2,
   )
   texts = np.array(result.tokens)
   counts = np.zeros((V, V, V))
@@ -149,6 +155,9 @@ def test_sampling_has_the_models_distribution(drafts):
   logits = jax.jit(lambda t: model.apply(variables, t, method='logits'))(
     full.astype(np.int32)
   )
+  if top_k:
+    least = np.sort(logits, -1)[..., -top_k, None]
+    logits = np.where(logits < least, -np.inf, logits)
   probs = np.asarray(jax.nn.softmax(logits[:, 2:5] / 1.3, -1), np.float64)
   chance = probs[np.arange(len(every))[:, None], np.arange(3), every].prod(1)
   chance = chance.reshape(V, V, V)
@@ -158,4 +167,5 @@ def test_sampling_has_the_models_distribution(drafts):
   limit = len(chi2) + 5 * np.sqrt(2 * len(chi2))
   assert chi2.sum() < limit, (chi2.sum(), limit)
   assert counts[expected <= 1].sum() < 60
+  assert not counts[expected == 0].any()
   assert 0.05 < result.acceptance[0] < 0.95

@@ -30,6 +30,7 @@ def test_is_short_and_stripped(path):
   question = first.splitlines()[0]
   assert question.startswith('# ') and question.endswith('?')
   assert 'colab-badge.svg' in first and f'notebooks/{path.name})' in first
+  assert '`%pip install git+https://github.com/' in first
   assert 1 <= len(code) <= 15
   for cell in code:
     assert not cell.outputs and cell.execution_count is None
