@@ -52,21 +52,21 @@ def test_a_moe_layer_over_two_nodes():
 
 
 def _exchanges(*flags):
-  """By the part of the program, for each exchange of rows there: (MB, share).
+  """By the part of the program, for each exchange of rows there: (MB, shares).
 
-  The share is that of the part's products which may run beside it.
+  The shares are those of the part's products which may run beside it, and which
+  XLA has scheduled so.
   """
-  flags = ['--overlap', '--parallel.expert_buffer=0', *_LAYERS, *flags]
+  flags = ['--overlap', '--model.n_dense_layers=0', *flags]
   _, _, table = _compile(*flags)[0].partition('| in | over |')
   found = collections.defaultdict(list)
   for row in (line.strip('| ').split(' | ') for line in table.splitlines()[2:]):
     if row[2:4] == ['ragged-all-to-all', 'f32']:
-      size, beside, _, whole = map(float, row[4:])
-      found[row[0]].append((size, beside / whole))
+      size, beside, scheduled, whole = map(float, row[4:])
+      found[row[0]].append((size, beside / whole, scheduled / whole))
   return list(found.values())
 
 
-_LAYERS = ('--model.n_layers=2', '--model.n_dense_layers=0')
 # They are beside every forward exchange, whoever else is.
 _NO_SHARED = '--model.moe.n_shared_experts=0'
 
@@ -75,17 +75,19 @@ _NO_SHARED = '--model.moe.n_shared_experts=0'
 def test_halves_hide_each_others_exchanges():
   """Of two hops, forwards and backwards (V3 section 3.4.1)."""
   nodes = ['--parallel.node=2', '--parallel.expert=2']
+  nodes += ['--model.n_layers=2', '--parallel.expert_buffer=0']
 
   def hidden(part):
     """How much of what is sent has a tenth of the products beside it."""
-    total = sum(size for size, _ in part)
-    return sum(size for size, share in part if share > 0.1) / total
+    total = sum(size for size, *_ in part)
+    return sum(size for size, share, _ in part if share > 0.1) / total
 
   parts = _exchanges(*nodes, '--parallel.interleave')
   assert len(parts) == 2
   for part in parts:
     # The last to come back has only the other half's shared experts.
-    assert min(share for _, share in part) > 0.05
+    assert min(share for _, share, _ in part) > 0.05
+    assert _scheduled(part) > 0
     assert hidden(part) > 0.7
   # Without halves nothing else is beside the forward pass's.
   assert min(map(hidden, _exchanges(*nodes, _NO_SHARED))) == 0
@@ -93,13 +95,23 @@ def test_halves_hide_each_others_exchanges():
 
 @pytest.mark.slow
 def test_the_passes_of_a_pair_hide_each_others_exchanges():
-  """DualPipe's (V3 figure 4), and those of a forward pass alone do not."""
-  stages = ['--parallel.stage=2', '--parallel.expert=2', _NO_SHARED]
+  """DualPipe's (V3 figure 4) of two layers; alone, a forward pass has no more
+  beside its exchanges than shared experts.
+  """
+  stages = ['--parallel.stage=2', '--parallel.expert=2', '--model.n_layers=4']
   parts = _exchanges(*stages, '--parallel.microbatches=4')
-  least = [min(share for _, share in part) for part in sorted(parts, key=len)]
-  *alone, pair = least  # 3 exchanges forwards, 3 backwards, and both.
-  assert pair > 0.15
-  assert min(alone) < 0.1
+  # 3 exchanges a layer forwards, 3 backwards, and both.
+  *alone, pair = sorted(parts, key=len)
+  assert [len(part) for part in (*alone, pair)] == [6, 6, 12]
+  assert min(share for _, share, _ in pair) > 0.08
+  assert _scheduled(pair) >= len(pair) / 2
+  forward = min(alone, key=lambda part: max(share for _, share, _ in part))
+  assert max(share for _, share, _ in forward) < 0.07
+
+
+def _scheduled(part):
+  """Exchanges beside which XLA has put a product."""
+  return sum(share > 0 for *_, share in part)
 
 
 @pytest.mark.parametrize(
