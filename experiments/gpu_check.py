@@ -140,7 +140,7 @@ def _versions():
 
 
 def _error(case, actual, operands):
-  """The largest error, relative to the largest magnitude of the truth.
+  """The largest distance of a result and its truth.
 
   Infinite if something is not finite, or has another shape; on the device, for
   the host would need 8 bytes for every number.
@@ -148,16 +148,19 @@ def _error(case, actual, operands):
   import jax
   import jax.numpy as jnp
 
+  from deepseek_jax.ops import quantize
+
   def errors(actual, *operands):
     found = []
     expected = case.view(case.truth(*operands), *operands)
-    for a, e in zip(
-      jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
-    ):
+    leaves = (
+      jax.tree.leaves(tree, is_leaf=quantize.is_leaf)
+      for tree in (actual, expected)
+    )
+    for a, e in zip(*leaves, strict=True):
       if a.shape != e.shape:
         return jnp.inf
-      a, e = a.astype(jnp.float32), e.astype(jnp.float32)
-      error = jnp.abs(a - e).max() / jnp.maximum(jnp.abs(e).max(), 1e-30)
+      error = case.distance(a, e)
       found.append(jnp.where(jnp.isfinite(error), error, jnp.inf))
     return jnp.stack(found).max()
 

@@ -7,10 +7,13 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from deepseek_jax.kernels import mosaic
-from experiments import gpu_cases
+from deepseek_jax.ops import fp8_matmul, fused_quantize, grouped
+from deepseek_jax.ops import quantize as reference
+from experiments import gpu_cases, gpu_check
 
 _ROOT = pathlib.Path(__file__).parent.parent
 # What memory bounds at every shape, and what it or products do; else products.
@@ -39,6 +42,55 @@ def test_dry_run():
   for case in gpu_cases.all_cases(small=True):
     assert f'{case.name}: reference ok' in done.stdout
     assert f'{case.name}: kernel' in done.stdout or 'turn e4m3' in case.name
+
+
+def _case(name, cases):
+  return next(c for c in cases if c.name.startswith(name))
+
+
+def _without_small(x, tile, **how):
+  amax = reference.expand(reference.tile_amax(x, tile), tile, x.shape)
+  small = jnp.abs(x).astype(jnp.float32) < amax / 16
+  return reference.quantize(jnp.where(small, 0, x), tile, **how)
+
+
+_ROW = reference.ROW_TILE
+_MUTANTS = {
+  'quantize 128': lambda x: _without_small(x, _ROW),
+  'quantize ceil': lambda x: reference.quantize(x, _ROW, scale='floor'),
+  'quantize floor': lambda x: reference.quantize(x, _ROW, scale='ceil'),
+  'quantize gradients': lambda x: reference.quantize(x, _ROW),
+  'swiglu': lambda g, u, w: fused_quantize.swiglu(g, u),
+  'rms_norm': lambda x, g: fused_quantize.rms_norm(x, g[::-1], 1e-6),
+  'turn bf16 ceil': lambda x: reference.quantize(x, reference.COLUMN_TILE),
+  # The last row of a token is dropped.
+  'unpermute': lambda x, layout: grouped.unpermute(
+    x, layout._replace(row_TK=layout.row_TK[:, :1])
+  ),
+}
+
+
+@pytest.mark.parametrize('name', _MUTANTS)
+def test_what_a_broken_kernel_gives_is_judged_wrong(name):
+  case = _case(name, gpu_cases.all_cases(small=True))
+  operands = case.make()
+  run = functools.partial(case.run, implementation='xla')
+  for f, right in ((run, True), (_MUTANTS[name], False)):
+    assert (
+      gpu_check._judge(case, name, jax.jit(f)(*operands), operands) == right
+    )
+
+
+@pytest.mark.parametrize('name', ['fp8_matmul 64', 'fp8_matmul wgrad'])
+def test_a_product_that_is_not_promoted_is_judged_wrong(name):
+  """One of 14 bits that is promoted, every 128 of K, is not."""
+  case = _case(name, gpu_cases._products(64, 64, 4096))
+  a, b = operands = case.make()
+  hopper = fp8_matmul.Accumulation('hopper14')
+  kept = jax.jit(fp8_matmul._tensor_core)(a.dequantize().T, b.dequantize())
+  dtype = case.run(a, b, implementation='xla').dtype
+  for y, right in ((fp8_matmul.dot(a, b, hopper), True), (kept, False)):
+    assert gpu_check._judge(case, name, y.astype(dtype), operands) == right
 
 
 def test_real_cases_are_lowered():
