@@ -1,9 +1,12 @@
-"""Speculative decoding with the MTP modules (V3 section 5.4.3), lossless.
+"""Speculative decoding with the MTP modules (V3 section 5.4.3).
 
 A pass drafts D tokens, runs the main model on the pending token and the drafts
 at once, and keeps what `sampling.accept` lets stand, and one token more.  With
-greedy choice the text is that of plain decoding; with sampling every token has
-the model's own distribution.
+sampling every token has the model's own distribution; with greedy choice it is
+the likeliest, and the text that of plain decoding.  Both hold up to rounding: a
+product of D + 1 rows sums in another order than one of a single row.  So a near
+tie may fall the other way: of 64 texts of 64 tokens none did in float32, but 5
+in BF16 (`experiments/LOG.md`, 2026-11-30).
 
 Depth k drafts as it was trained: from h^{k-1} at the last position and the
 token k ahead of it.  Its cache needs true tokens only, while the drafts it saw
