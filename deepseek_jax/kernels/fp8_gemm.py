@@ -37,9 +37,10 @@ from deepseek_jax.kernels import mosaic
 
 BLOCK = 128
 _WAVE = 64  # Rows of a wgmma.
-# With 40, and one scale read for each wave, ptxas spilled 15 to 18 registers of
-# a wide tile.  The multiplying warpgroups keep 216.
-_TMA_REGISTERS = 72
+# What is left for the two multiplying warpgroups, 216 or 208 registers each, is
+# what ptxas gets along with: neighbouring numbers spill up to 16 of a wide tile
+# (experiments/LOG.md, "registers of the wide FP8 tile").
+_TMA_REGISTERS = 72 if jax.__version_info__ < (0, 12) else 88
 
 
 class Experts(NamedTuple):
