@@ -12,6 +12,7 @@ holds more than its part.  The last line of the output is JSON.
 """
 
 import json
+import pathlib
 
 from absl import flags as absl_flags
 
@@ -53,11 +54,15 @@ def _evaluate(parallel):
 
   trained = reading.load(parallel, {'train.eval_batches': _BATCHES.value})
   config = trained.config
-  # The run's own tokenizer: here the source might train another.
-  saved = str(reading.workdir() / 'tokenizer.json')
+  # The run's own tokenizer: here the source might train another, or what was
+  # given have moved.
+  saved, given = reading.workdir() / 'tokenizer.json', config.data.tokenizer
+  own = config_lib.replace(config, {'data.tokenizer': str(saved)})
+  if given and not pathlib.Path(given).expanduser().is_file():
+    config = own
   corpus = pipeline.load(config.data, config.model.vocab_size)
   if not corpus.tokenizer.equals(tokenizer.Tokenizer.load(saved)):
-    config = config_lib.replace(config, {'data.tokenizer': saved})
+    config = own
     corpus = pipeline.load(config.data, config.model.vocab_size)
   evaluate = run.make_evaluate(trained.model, config, corpus, trained.layout)
   final = state.TrainState(step=trained.step, opt_state={}, **trained.variables)

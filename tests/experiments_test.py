@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -73,9 +74,15 @@ def test_a_sweep_leaves_a_table_and_a_picture_and_is_not_repeated(swept):
 
 
 @pytest.mark.slow
-def test_evaluates_as_the_run_did(swept):
+def test_evaluates_as_the_run_did(swept, tmp_path):
+  """Also if the tokenizer that it was given is no longer there."""
   _, workdir, _ = swept
-  run = _runs(workdir)[0]
+  run = tmp_path / 'run'
+  shutil.copytree(_runs(workdir)[0], run)
+  meta = run / 'checkpoints/2/meta/metadata'
+  saved = json.loads(meta.read_text())
+  saved['config']['data']['tokenizer'] = str(tmp_path / 'tokenizer.json')
+  meta.write_text(json.dumps(saved))
   status, output, errors = _command('eval', f'--workdir={run}')
   assert status == 0, errors
   assert errors.splitlines().count(_NO_KERNELS) == 1
