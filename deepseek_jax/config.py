@@ -860,21 +860,6 @@ def to_json(config: Config) -> str:
   return json.dumps(to_dict(config), indent=2) + '\n'
 
 
-def from_json(text: str) -> Config:
-  """The inverse of `to_json`; keys that are left out keep their defaults.
-
-  Raises:
-    ValueError: if it is not JSON, or not that of a `Config`.
-  """
-  try:
-    tree = json.loads(text)
-  except json.JSONDecodeError as error:
-    raise ValueError(f'config is not JSON: {error}') from None
-  if not isinstance(tree, dict):
-    raise ValueError(f'config is JSON, but no object: {text.strip()[:40]}')
-  return from_dict(Config, tree)
-
-
 def cast_leaf(name: str, value: Any, kind: type) -> Any:
   """Checks that `value` is of type `kind`; a float field accepts an integer."""
   if kind is float and type(value) is int:

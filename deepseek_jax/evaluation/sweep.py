@@ -1,8 +1,8 @@
 """Runs of many variations of one config, each with several seeds.
 
 A point of a sweep is a dictionary of updates, `{'model.moe.balance': 'none'}`;
-a sweep is a list of points, made with `prod`, `chain` and `zip_`.  An arm is
-all of a point but its seeds.
+a sweep is a list of points, made with `prod`.  An arm is all of a point but its
+seeds.
 """
 
 import dataclasses
@@ -38,23 +38,6 @@ def axis(name: str, values: Iterable[Any]) -> Points:
 def prod(*factors: Points) -> Points:
   """Every combination; later factors win where leaves are the same."""
   return [_merge(points) for points in itertools.product(*factors)]
-
-
-def chain(*parts: Points) -> Points:
-  """One after the other."""
-  return [dict(point) for part in parts for point in part]
-
-
-def zip_(*factors: Points) -> Points:
-  """The first points together, the second points together, and so on.
-
-  Raises:
-    ValueError: if the factors are not equally long.
-  """
-  if len({len(factor) for factor in factors}) > 1:
-    lengths = [len(factor) for factor in factors]
-    raise ValueError(f'zip_: factors of {lengths} points; give as many in each')
-  return [_merge(points) for points in zip(*factors)]
 
 
 def _merge(points: Iterable[Updates]) -> Updates:
