@@ -68,6 +68,16 @@ class CrossEntropyTest(parameterized.TestCase):
       list(grads), [3 * g for g in expected_grads], tolerances.FLOAT32_MATH
     )
 
+  def test_chunks_of_any_length_are_few(self):
+    for length, n in (4096, 8), (4093, 8), (512, 1), (1, 1), (513, 2):
+      chunk = losses._chunk_length(1, length)
+      self.assertLessEqual(chunk, losses._CHUNK_TOKENS)
+      self.assertEqual(-(-length // chunk), n)
+    hidden, head, *_ = _inputs(2, 7)
+    with mock.patch.object(losses, '_CHUNK_TOKENS', 2 * 3):
+      actual = losses.greedy(jnp.asarray(hidden), head)
+    np.testing.assert_array_equal(actual, (hidden @ head.T).argmax(-1))
+
   def test_huge_logits_stay_finite(self):
     hidden, head, targets, weights = _inputs(2, 5)
     args = (1e4 * hidden, head, targets, weights)

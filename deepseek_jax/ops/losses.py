@@ -27,14 +27,22 @@ class CrossEntropy(NamedTuple):
 
 
 def _chunk_length(batch: int, length: int) -> int:
-  """The longest divisor of `length` for which a chunk stays below the limit."""
-  limit = max(1, _CHUNK_TOKENS // batch)
-  return max(t for t in range(1, length + 1) if length % t == 0 and t <= limit)
+  """That of as few chunks as the limit allows, all about equally long."""
+  n = -(-length // max(1, _CHUNK_TOKENS // batch))
+  return -(-length // n)
 
 
 def _split(x: jax.Array, chunk: int) -> jax.Array:
-  """[B, T, ...] -> [T // chunk, B, chunk, ...]; the batch stays sharded."""
+  """[B, T, ...] -> [n, B, chunk, ...], zeros at the end; B stays sharded."""
+  if missing := -x.shape[1] % chunk:
+    x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
   return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+
+def _join(chunks: jax.Array, length: int) -> jax.Array:
+  """The inverse of `_split`."""
+  x = chunks.swapaxes(0, 1)
+  return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
 def logits(hidden: jax.Array, head_VD: jax.Array) -> jax.Array:
@@ -112,7 +120,7 @@ def _forward(hidden, head, targets, weights, z_loss, with_grad):
   (sums, head_grad), dhidden = jax.lax.scan(body, (zeros, head_grad), xs)
   if not with_grad:
     return sums, None
-  dhidden = dhidden.swapaxes(0, 1).reshape(hidden.shape)
+  dhidden = _join(dhidden, hidden.shape[1])
   return sums, (dhidden, head_grad.astype(head.dtype))
 
 
@@ -138,7 +146,7 @@ def greedy(hidden_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
     return logits(hidden, head_VD).argmax(-1).astype(jnp.int32)
 
   chosen = jax.lax.map(best, _split(hidden_BTD, chunk))
-  return chosen.swapaxes(0, 1).reshape(hidden_BTD.shape[:2])
+  return _join(chosen, hidden_BTD.shape[1])
 
 
 def balance_loss(
@@ -155,8 +163,8 @@ def balance_loss(
   - sequence: V3 equations 17 to 20.  f counts the top-K of the plain scores
     (no bias, no groups) times E / (K T); P is the mean of s / sum(s).
   - batch: the same over all sequences as one (V3 section 4.5.3).
-  - expert: V2 equations 23 to 25.  f counts the experts really selected; P is
-    the mean of the plain scores.
+  - expert: V2 section 2.2.3, equations 23 to 25.  f counts the experts really
+    selected; P is the mean of the plain scores.
   - gshard: f counts first choices only, with K = 1 (GShard, algorithm 1).
 
   Args:
