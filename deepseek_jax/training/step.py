@@ -326,7 +326,8 @@ def make_train_step(
   `batch` lie as it says.  `metrics` are device scalars:
   the losses of `loss_fn`, 'grad_norm' before clipping, 'update_norm',
   'param_norm', 'counts' float32 [layers, E], 'dropped', 'bias_min', 'bias_max'
-  and 'finite', which is False when the loss or a gradient is not.
+  and 'finite', which is False when the loss, a gradient or a new parameter is
+  not.
 
   With `train.nonfinite=skip` such a step changes nothing but the step count;
   'param_norm' and the biases are then of what was kept.
@@ -360,7 +361,9 @@ def make_train_step(
       amax=amax,
     )
     norm = optimizer.global_norm(grads)
-    finite = jnp.isfinite(aux['loss']) & jnp.isfinite(norm)
+    finite = jnp.isfinite(
+      aux['loss'] + norm + optimizer.global_norm(new.params)
+    )
     if config.train.nonfinite == 'skip':
       kept = state.replace(step=new.step)
       new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)

@@ -125,7 +125,8 @@ class StepLog(contextlib.AbstractContextManager):
     self._bar.show(record)
 
   def _report_nonfinite(self, step, row):
-    what = f'loss {float(row["loss"])}, grad_norm {float(row["grad_norm"])}'
+    names = 'loss', 'grad_norm', 'update_norm'
+    what = ', '.join(f'{name} {float(row[name])}' for name in names)
     if self._config.nonfinite == 'skip':
       logging.warning('step %d is not finite and was skipped: %s', step, what)
       return
