@@ -427,6 +427,9 @@ def test_the_peak_is_that_of_the_planners_devices():
   for kind, peak in (
     ('NVIDIA H800', 989.5e12),
     ('NVIDIA H100 80GB HBM3', 989.5e12),
+    ('NVIDIA H100 PCIe', None),
+    ('NVIDIA H200 NVL', None),
+    ('NVIDIA A100-PCIE-40GB', 312e12),
     ('NVIDIA A100-SXM4-80GB', 312e12),
     ('cpu', None),
   ):

@@ -1,6 +1,7 @@
 """Speed of a run: seconds per step, tokens/s, model FLOPs utilisation (MFU)."""
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Iterator
 
@@ -8,6 +9,8 @@ import jax
 
 from deepseek_jax.planner import devices
 
+# Cards of the same names as SXM modules are slower, and not known here.
+_CARD = re.compile('h[128]00.*(pcie|nvl)')
 # Dense BF16 matmul peak in FLOP/s, by the part of `device_kind` that names the
 # chip; of the A100, which nothing is planned for, from its data sheet.
 _PEAKS = {name: device.bf16 for name, device in devices.DEVICES.items()}
@@ -18,7 +21,7 @@ def peak_flops(device: jax.Device) -> float | None:
   """Dense BF16 FLOP/s of a device; None where it is not known."""
   kind = device.device_kind.lower()
   found = [peak for name, peak in _PEAKS.items() if name in kind]
-  return found[0] if found else None
+  return found[0] if found and not _CARD.search(kind) else None
 
 
 class Clock:
