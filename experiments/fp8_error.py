@@ -3,8 +3,9 @@
 Behind `experiments/ablations/fp8_noise.py`, which asks the question.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,27 +13,74 @@ from deepseek_jax import config as config_lib
 from deepseek_jax import presets
 from deepseek_jax.ops import fp8_linear, fp8_recipe
 
+_LONG, _SHORT = 4096, 64  # What is summed over, and the other two axes.
 
-def measure(x, w, dy, recipe) -> list[float]:
+
+class Operands(NamedTuple):
+  """Of three products, each of 64 x 4096 by 4096 x 64.
+
+  Activations have outlier channels, gradients outlier tokens.
+
+  Attributes:
+    x_TD: Fprop's input, D = 4096.
+    w_DF: its weight, with which Dgrad is taken as [F, D].
+    dy_TD: Dgrad's gradient.
+    x_SF: Wgrad's input, of S = 4096 tokens.
+    dy_SF: Wgrad's gradient.
+  """
+
+  x_TD: jax.Array
+  w_DF: jax.Array
+  dy_TD: jax.Array
+  x_SF: jax.Array
+  dy_SF: jax.Array
+
+
+def draw() -> Operands:
+  """The same every time."""
+  rng = np.random.default_rng(0)
+
+  def activation(tokens, channels):
+    x = rng.standard_normal((tokens, channels))
+    return x * np.exp(rng.standard_normal(channels))
+
+  def gradient(tokens, channels):
+    dy = rng.standard_normal((tokens, channels))
+    return dy * np.exp(3 * rng.standard_normal((tokens, 1)))
+
+  arrays = (
+    activation(_SHORT, _LONG),
+    rng.standard_normal((_LONG, _SHORT)),
+    gradient(_SHORT, _LONG),
+    activation(_LONG, _SHORT),
+    gradient(_LONG, _SHORT),
+  )
+  return Operands(*(jnp.asarray(a, jnp.float32) for a in arrays))
+
+
+def measure(o: Operands, recipe: fp8_recipe.Recipe) -> list[float]:
   """Errors of rows: Fprop, Dgrad, its worst, Wgrad; largest of Fprop's sums.
 
-  Args:
-    x: [T, K] inputs.
-    w: [K, N] weights.
-    dy: [T, N] gradient of the product.
-    recipe: what is rounded, and how sums are.
+  Rows are tokens, of Wgrad the input's channels.
 
   Returns:
     Relative errors; the last in standard deviations of the sums.
   """
-  inputs, turned = (fp8_linear.quantize_input(v, recipe) for v in (x, x.T))
-  weight = fp8_linear.quantize_weight(w, recipe)
+  inputs, kept = (
+    fp8_linear.quantize_input(x, recipe) for x in (o.x_TD, o.x_SF)
+  )
+  weight = fp8_linear.quantize_weight(o.w_DF, recipe)
   y = recipe.steps.dot(inputs.codes, weight, recipe.accumulation)
-  dx = fp8_linear.input_gradient(dy, w.T, recipe)
-  dw = fp8_linear.weight_gradient(turned.saved, dy.T, recipe)
+  dx = fp8_linear.input_gradient(o.dy_TD, o.w_DF.T, recipe)
+  dw = fp8_linear.weight_gradient(kept.saved, o.dy_SF, recipe)
+  exact = [np.asarray(a, np.float64) for a in o]
   fprop, dgrad, wgrad = (
     np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
-    for got, want in ((y, x @ w), (dx, dy @ w), (dw, x @ dy.T))
+    for got, want in (
+      (y, exact[0] @ exact[1]),
+      (dx, exact[2] @ exact[1]),
+      (dw, exact[3].T @ exact[4]),
+    )
   )
   exact = np.float64(inputs.codes.dequantize()) @ weight.dequantize()
   sums = np.abs(y - exact).max() / exact.std()
@@ -40,16 +88,12 @@ def measure(x, w, dy, recipe) -> list[float]:
 
 
 def table(arms: dict[str, dict[str, Any]]) -> str:
-  """A row for each arm: 64 tokens, K = 4096, outlier channels and tokens."""
-  rng = np.random.default_rng(0)
-  x, w, dy = (rng.standard_normal((64, 4096)) for _ in range(3))
-  x *= np.exp(rng.standard_normal(4096))
-  dy *= np.exp(3 * rng.standard_normal((64, 1)))
-  arrays = [jnp.asarray(a, jnp.float32) for a in (x, w.T, dy)]
+  """A row for each arm."""
+  operands = draw()
   lines = ['| recipe | Fprop | Dgrad | worst token | Wgrad | sums |']
   lines.append(f'| --- |{" ---: |" * 5}')
   for name, updates in arms.items():
     config = config_lib.replace(presets.ablation(), updates)
-    row = measure(*arrays, fp8_recipe.of(config.precision.fp8))
+    row = measure(operands, fp8_recipe.of(config.precision.fp8))
     lines.append(f'| {name} | {" | ".join(f"{v:.2%}" for v in row)} |')
   return '\n'.join(lines)

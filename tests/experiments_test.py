@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from experiments import fp8_error
+from experiments.ablations import fp8_noise
 from tests import tolerances
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -25,6 +27,20 @@ def _command(program, *arguments, typed=None):
     cwd=_ROOT,
   )
   return done.returncode, done.stdout, done.stderr
+
+
+def test_errors_of_fp8_products():
+  arms = {
+    'V3': fp8_noise.ARMS['V3'],
+    'never': fp8_noise.ARMS['14 bits, never promoted'],
+  }
+  _, _, *rows = fp8_error.table(arms).splitlines()
+  v3, never = (
+    [float(cell.strip(' %')) for cell in row.split('|')[2:-1]] for row in rows
+  )
+  assert max(v3[:4]) < 6 and v3[4] == 0
+  # A token that is lost beside others; what 14 bits lose.
+  assert never[2] > 99 and 1 < never[4] < 2
 
 
 @pytest.fixture(scope='module')
