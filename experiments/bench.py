@@ -2,6 +2,7 @@
 
     python -m experiments.bench                       # bench_cpu
     python -m experiments.bench --suite=decode        # prefill and generation
+    python -m experiments.bench --suite=decode --workdir=runs/quickstart
     python -m experiments.bench --suite=remat         # recomputation policies
     python -m experiments.bench --suite=saved         # kept for backward, FP8
     python -m experiments.bench --suite=parallel --preset=quickstart
@@ -15,6 +16,7 @@ Prints ratios: other work on the machine slows both sides of each.
 
 import contextlib
 import json
+import pathlib
 import statistics
 import subprocess
 import sys
@@ -42,6 +44,9 @@ _AGAINST = absl_flags.DEFINE_list(
   'against',
   ['transformers:grouped_mm:sdpa', 'transformers:eager:sdpa'],
   'Implementations to compare with; see bench_worker.py.',
+)
+_WORKDIR = absl_flags.DEFINE_string(
+  'workdir', '', 'Suite decode: a run whose model writes, and drafts.'
 )
 _SCHEDULES = absl_flags.DEFINE_list(
   'schedules', list(config_lib.PIPELINES), 'Suite pipeline: rows of the table.'
@@ -137,26 +142,30 @@ def _table(results: dict[str, dict], config: config_lib.Config) -> str:
 
 def measure_decode(
   workers: list[Worker], rounds: int, has_mtp: bool
-) -> dict[tuple[int, str, int], tuple[float, float]]:
+) -> dict[tuple[int, str, int], tuple[float, float, float | None]]:
   """(batch, worker, way) -> median seconds of prefill, and per new token.
+
+  The third is the share of the drafts that stood, None without drafts.
 
   The ways of `transformers` are its dynamic and its static cache (0, 1); ours
   are drafts per pass: none, and one if there is an MTP module.
   """
   new, result = bench_worker.PROMPT, {}
-  for batch in (1, 8):
+  for batch in bench_worker.BATCHES:
     cases = [(w, way) for w in workers for way in (0, 1)]
     cases = [(w, way) for w, way in cases if w.name != OURS or way <= has_mtp]
-    seconds = {case: ([], []) for case in cases}
+    seconds, stood = {case: ([], []) for case in cases}, {}
     for i in range(rounds + 1):
       for (worker, way), (prefill, decode) in seconds.items():
         short = worker.run(f'generate {batch} 1 {way}')['seconds']
-        long = worker.run(f'generate {batch} {new} {way}')['seconds']
+        answer = worker.run(f'generate {batch} {new} {way}')
+        stood[worker, way] = answer.get('stood')
         if i:
           prefill.append(short)
-          decode.append((long - short) / (new - 1))
+          decode.append((answer['seconds'] - short) / (new - 1))
     for (worker, way), times in seconds.items():
-      result[batch, worker.name, way] = tuple(map(statistics.median, times))
+      medians = map(statistics.median, times)
+      result[batch, worker.name, way] = *medians, stood[worker, way]
   return result
 
 
@@ -164,22 +173,24 @@ def _decode_table(results: dict[tuple[int, str, int], tuple]) -> str:
   n = bench_worker.PROMPT
   lines = [
     f'prompts of {n} tokens, {n} new ones each, greedy',
-    '| | batch | prefill ms | decode tokens/s |',
-    '|---|---|---|---|',
+    '| | batch | prefill ms | decode tokens/s | drafts that stood |',
+    '|---|---|---|---|---|',
   ]
-  for (batch, name, way), (prefill, decode) in results.items():
+  for (batch, name, way), (prefill, decode, stood) in results.items():
+    share = '' if stood is None else f'{stood:.0%}'
     what = (
       ('', ', drafting')[way] if name == OURS else f', {_CACHES[way]} cache'
     )
     lines.append(
-      f'| {name}{what} | {batch} | {prefill * 1e3:.0f} | {batch / decode:.1f} |'
+      f'| {name}{what} | {batch} | {prefill * 1e3:.0f} | {batch / decode:.1f} '
+      f'| {share} |'
     )
   for batch in sorted({key[0] for key in results}):
     others = [v for k, v in results.items() if k[0] == batch and k[1] != OURS]
     if others:
       ratios = [
         min(column) / mine
-        for column, mine in zip(zip(*others), results[batch, OURS, 0])
+        for column, mine in zip(zip(*others), results[batch, OURS, 0][:2])
       ]
       lines.append(
         f'batch {batch}: prefill {ratios[0]:.2f}, decode {ratios[1]:.2f} times '
@@ -236,12 +247,23 @@ def _gpu_table(options: dict, config: config_lib.Config) -> str:
   return bench_gpu.measure(start, config, _ROUNDS.value)
 
 
+def _trained_config():
+  if _SUITE.value != 'decode':
+    raise ValueError(f'--workdir with --suite={_SUITE.value}: use decode')
+  path = pathlib.Path(_WORKDIR.value).expanduser() / 'config.json'
+  if not path.is_file():
+    raise ValueError(f'--workdir={_WORKDIR.value}: no config.json in it')
+  return config_lib.from_json(path.read_text())
+
+
 def main() -> None:
   """Runs the suite on the command line's config and prints its table."""
   if not absl_flags.FLAGS['preset'].present:
     preset = _PRESETS.get(_SUITE.value, absl_flags.FLAGS.preset)
     absl_flags.FLAGS.preset = preset
   config, _ = flags.resolve()
+  if _WORKDIR.value:
+    config = _trained_config()
   if _SUITE.value == 'remat':
     print(_remat_table(config))
     return
@@ -268,6 +290,7 @@ def main() -> None:
   options = {
     'preset': preset,
     'updates': {name: new for name, (_, new) in updates.items()},
+    'workdir': _WORKDIR.value,
   }
   if _SUITE.value == 'gpu':
     print(_gpu_table(options, config))

@@ -11,6 +11,7 @@ seconds.  NAME is `deepseek_jax` or `transformers:EXPERTS:ATTENTION`, e.g.
 """
 
 import json
+import pathlib
 import resource
 import sys
 import time
@@ -28,6 +29,7 @@ MATMUL = 2048
 
 # Tokens of each prompt that is continued.
 PROMPT = 64
+BATCHES = (1, 8)
 
 
 def _prompts(config: config_lib.Config, batch: int) -> list[list[int]]:
@@ -45,13 +47,15 @@ def _tokens(config: config_lib.Config, seed: int) -> np.ndarray:
 class JaxWorker:
   """This repository: `make_train_step` and the jitted forward."""
 
-  def __init__(self, config: config_lib.Config):
+  def __init__(self, config: config_lib.Config, workdir: str = ''):
+    """`workdir`: of a run whose trained weights `generate` takes."""
     import jax
 
     from deepseek_jax.training import optimizer, process, schedules, step
 
     process.use_compilation_cache(config)
     self._jax, self._config, self._count = jax, config, 0
+    self._workdir, self._prompts = workdir, []
     self._weights = None  # Of inference, made when first asked for.
     self._model = step.build_model(config)
     tx = optimizer.adamw(config.optim, config.precision)
@@ -91,18 +95,41 @@ class JaxWorker:
       self._forward(state.params, state.router_state, tokens)
     )
 
-  def generate(self, batch: int, new_tokens: int, drafts: int = 0) -> None:
-    """Greedy continuation of prompts of `PROMPT` tokens."""
+  def generate(
+    self, batch: int, new_tokens: int, drafts: int = 0
+  ) -> dict[str, float]:
+    """Greedy continuation of prompts of `PROMPT` tokens; drafts that stood.
+
+    A trained model continues what it wrote itself, for nothing else here is
+    sure to be of the kind it knows.
+    """
     from deepseek_jax.inference import generate, weights
 
     if self._weights is None:
-      state = self._state
-      variables = {'params': state.params, 'router_state': state.router_state}
-      self._weights = weights.unstack(self._model, variables)
-    prompts = _prompts(self._config, batch)
-    generate.generate(
+      self._weights = weights.unstack(self._model, self._variables())
+      self._prompts = _prompts(self._config, BATCHES[-1])
+      if self._workdir:
+        starts = [[self._bos]] * BATCHES[-1]
+        written = generate.generate(
+          self._model, self._weights, starts, PROMPT - 1, temperature=1.0
+        ).tokens
+        self._prompts = [[self._bos, *tokens] for tokens in written]
+    prompts = self._prompts[:batch]
+    done = generate.generate(
       self._model, self._weights, prompts, new_tokens, drafts=drafts
     )
+    return {'stood': done.acceptance[0]} if drafts else {}
+
+  def _variables(self):
+    if not self._workdir:
+      state = self._state
+      return {'params': state.params, 'router_state': state.router_state}
+    from deepseek_jax.data import tokenizer
+    from deepseek_jax.training import trained
+
+    path = pathlib.Path(self._workdir).expanduser()
+    self._bos = tokenizer.Tokenizer.load(path / 'tokenizer.json').bos_id
+    return trained.load(path).variables
 
   def matmul(self) -> None:
     """A large float32 product."""
@@ -213,7 +240,7 @@ def _build(name: str, options: dict):
   config = presets.PRESETS[options['preset']]()
   config = config_lib.replace(config, options['updates'])
   if name == 'deepseek_jax':
-    return JaxWorker(config)
+    return JaxWorker(config, options.get('workdir', ''))
   _, experts, attention = name.split(':')
   return TorchWorker(config, experts, attention)
 
