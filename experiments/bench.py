@@ -25,6 +25,7 @@ from absl import flags as absl_flags
 
 from deepseek_jax import config as config_lib
 from deepseek_jax import flags, presets
+from deepseek_jax.convert import hf_config
 from deepseek_jax.planner import flops as flops_lib
 from experiments import bench_gpu, bench_pipeline, bench_worker
 
@@ -249,7 +250,7 @@ def _trained_config():
   path = pathlib.Path(_WORKDIR.value).expanduser() / 'config.json'
   if not path.is_file():
     raise ValueError(f'--workdir={_WORKDIR.value}: no config.json in it')
-  return config_lib.from_json(path.read_text())
+  return config_lib.from_dict(config_lib.Config, hf_config.read(path))
 
 
 def main() -> None:
