@@ -197,6 +197,15 @@ def _cublas_fp8(a, b):
   return jnp.matmul(a.codes, b.codes, preferred_element_type=BF16)
 
 
+def _scaled_dot(a, b):
+  """Whatever XLA has for scales of 128 along K, here of every column."""
+  scales = jnp.repeat(b.scales, b.tile[1], 1)[:, : b.shape[1]]
+  return jax.lax.scaled_dot(
+    a.codes, b.codes, lhs_scale=a.scales, rhs_scale=scales,
+    preferred_element_type=BF16,
+  )  # fmt: skip
+
+
 def _products(M, N, K):
   """Fprop and Dgrad, then Wgrad, of one matrix."""
 
@@ -217,7 +226,9 @@ def _products(M, N, K):
       f'{name} {M}x{N}x{K}', make, run, truth, error, flops=2.0 * M * N * K,
       bytes=M * K + N * K + M * N * jnp.dtype(dtype).itemsize,
       others={
-        'dequantise, cuBLAS bf16': _cublas, 'cuBLAS fp8, no scales': _cublas_fp8
+        'dequantise, cuBLAS bf16': _cublas,
+        'cuBLAS fp8, no scales': _cublas_fp8,
+        'lax.scaled_dot': _scaled_dot,
       },
     )  # fmt: skip
 
@@ -291,7 +302,8 @@ def _bf16_experts(make, shape, flops):
   ):  # fmt: skip
     yield Case(
       f'{name} {shape}', operands, f, in_float32(f), _ROUNDED, flops=flops,
-      others=_ragged_dots() if f is dot else {}, view=_real,
+      others=_ragged_dots() if f is dot else {'lax.ragged_dot': _ragged_back},
+      view=_real,
     )  # fmt: skip
   yield Case(
     f'grouped bf16 wgrad {shape}',
@@ -300,6 +312,7 @@ def _bf16_experts(make, shape, flops):
     in_float32(grouped.outer),
     1e-3,
     flops=flops,
+    others={'lax.ragged_dot_general': _ragged_outer},
   )
 
 
@@ -332,27 +345,39 @@ def _fp8_experts(make, shape, flops):
     )  # fmt: skip
 
 
+def _sizes(groups):
+  return groups.blocks_E * 128
+
+
+def _ragged_back(dy, w, groups):
+  return jax.lax.ragged_dot(dy, w.mT, _sizes(groups))
+
+
+def _ragged_outer(x, y, groups):
+  dims = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+  return jax.lax.ragged_dot_general(
+    x, y, _sizes(groups), dims, preferred_element_type=F32
+  )
+
+
 def _ragged_dots():
   """Grouped products that come with jax, and with tokamax if it is there."""
 
-  def sizes(groups):
-    return groups.blocks_E * 128
-
   def lax_ragged(x, w, groups):
-    return jax.lax.ragged_dot(x, w, sizes(groups))
+    return jax.lax.ragged_dot(x, w, _sizes(groups))
 
   def pallas_ragged(x, w, groups):
     from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
 
     return ragged_dot_mgpu.ragged_dot(
-      x, w, group_sizes=sizes(groups), block_m=128, block_n=128, block_k=64,
+      x, w, group_sizes=_sizes(groups), block_m=128, block_n=128, block_k=64,
       max_concurrent_steps=4, grid_block_n=8,
     )  # fmt: skip
 
   found = {'lax.ragged_dot': lax_ragged, 'jax ragged_dot_mgpu': pallas_ragged}
   if importlib.util.find_spec('tokamax'):
     tokamax = importlib.import_module('tokamax')
-    found['tokamax'] = lambda x, w, g: tokamax.ragged_dot(x, w, sizes(g))
+    found['tokamax'] = lambda x, w, g: tokamax.ragged_dot(x, w, _sizes(g))
   return found
 
 

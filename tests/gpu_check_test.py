@@ -14,6 +14,7 @@ from deepseek_jax.kernels import mosaic
 from deepseek_jax.ops import fp8_matmul, fused_quantize, grouped
 from deepseek_jax.ops import quantize as reference
 from experiments import gpu_cases, gpu_check
+from tests import tolerances
 
 _ROOT = pathlib.Path(__file__).parent.parent
 # What memory bounds at every shape, and what it or products do; else products.
@@ -91,6 +92,20 @@ def test_a_product_that_is_not_promoted_is_judged_wrong(name):
   dtype = case.run(a, b, implementation='xla').dtype
   for y, right in ((fp8_matmul.dot(a, b, hopper), True), (kept, False)):
     assert gpu_check._judge(case, name, y.astype(dtype), operands) == right
+
+
+def test_what_kernels_are_timed_beside_computes_the_same():
+  found = []
+  for case in gpu_cases.all_cases(small=True):
+    for name, f in case.others.items():
+      if name.startswith('lax.'):
+        operands = case.make()
+        error = gpu_check._error(case, jax.jit(f)(*operands), operands)
+        assert error <= tolerances.BFLOAT16, (case.name, name, error)
+        found.append(name)
+  assert sorted(found) == sorted(
+    2 * ['lax.ragged_dot', 'lax.scaled_dot'] + ['lax.ragged_dot_general']
+  )
 
 
 def test_real_cases_are_lowered():

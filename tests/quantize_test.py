@@ -165,6 +165,16 @@ class QuantizeTest(parameterized.TestCase):
     out = np.asarray(amax.lower(x).compile(level)(x))
     np.testing.assert_array_equal(np.argwhere(np.isnan(out)), [[3, 0]])
 
+  def test_an_optimised_program_spoils_the_whole_tile_of_a_nan(self):
+    x = jnp.ones((64, 256)).at[3, 5].set(jnp.nan).at[4, 200].set(jnp.inf)
+    run = jax.jit(lambda x: quantize.quantize(x, quantize.ROW_TILE).raw)
+    level = {'xla_backend_optimization_level': 3}
+    y = np.asarray(run.lower(x).compile(level)(x).dequantize())
+    spoilt = np.zeros((64, 256), bool)
+    spoilt[3, :128] = spoilt[4, 128:] = True
+    np.testing.assert_array_equal(np.isnan(y), spoilt)
+    np.testing.assert_allclose(y[~spoilt], 1, rtol=1e-6)
+
   def test_a_given_amax_clips(self):
     x = jnp.array([[1.0, 2.0, 8.0]])
     q = quantize.quantize(x, quantize.ROW_TILE, amax=jnp.full((1, 1), 4.0))
