@@ -74,6 +74,7 @@ _FP8_MTP = (
   ('precision.fp8.enabled', True),
 )
 _FP8 = (*_FP8_MTP, ('model.n_mtp_layers', 0))
+_FP8_WIDE = (*_FP8_MTP, ('model.dim', 256))  # Two tiles a row.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,13 +206,15 @@ class GradientsTest(parameterized.TestCase):
     _Case('1f1b', 2, _FP8),
     _Case('interleaved', 2, _FP8),
     _Case('zb_h1', 2, _FP8),
-    _Case('dualpipe', 2, _FP8_MTP),
+    _Case('dualpipe', 2, _FP8_WIDE),
     _Case('dualpipe_v', 2, _FP8),
   )
   @pytest.mark.slow
   def test_fp8(self, case):
     """The tiles of a micro-batch are those of one device, and so the codes."""
-    self._assert_equal(case, tolerances.FP8_REORDERED, is_rounded=True)
+    is_wide = case.updates == _FP8_WIDE  # So many codes that some are on ties.
+    rung = tolerances.FP8_REORDERED if is_wide else tolerances.DEEP_MODEL
+    self._assert_equal(case, rung, is_rounded=True)
 
   @pytest.mark.slow
   def test_fp8_experts(self):

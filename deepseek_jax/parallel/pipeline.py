@@ -199,10 +199,7 @@ class _Rank:
     micro = self._micro(0)
     self._x = jax.eval_shape(program.embed, self._outer['embed'], micro)
     self._splits = {k: self._split(k, micro) for k in kinds}
-    self._prepared = {
-      k: jax.vmap(self._splits[k].prepare)(self._params[k], self._state[k])
-      for k in kinds
-    }
+    self._prepared = {k: self._prepare(k) for k in kinds}
     self._residuals = self._union('residuals')
     self._cut = self._union('cut')
     self._slots = {k: jnp.asarray(v)[_rank()] for k, v in layout.slots.items()}
@@ -219,6 +216,18 @@ class _Rank:
     )
     function, aux = self._program.layers[kind], (micro, self._scalars)
     return split_backward.split(function, *one, self._x, aux)
+
+  def _prepare(self, kind):
+    """Layer by layer, as one device does: of several XLA divides otherwise.
+
+    A scale of FP8 weights is then a rounding off, and some codes are others.
+    """
+    trees = self._params[kind], self._state[kind]
+    layers = [
+      self._splits[kind].prepare(*jax.tree.map(lambda a: a[i], trees))  # noqa: B023
+      for i in range(self._layout.sources[kind].shape[1])
+    ]
+    return jax.tree.map(lambda *values: jnp.stack(values), *layers)
 
   def _union(self, field):
     return _Union(
