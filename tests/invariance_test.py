@@ -135,6 +135,36 @@ class StepTest(parameterized.TestCase):
     config = make_config(train__remat=remat, train__scan_layers=scan)
     _assert_same(_run(config, make_batch()), _baseline())
 
+  def test_what_recomputation_keeps(self):
+    """Of eight layers; and their weights, but only once."""
+
+    def kept(remat):
+      config = make_config(
+        train__remat=remat,
+        model__n_layers=8,
+        model__n_dense_layers=0,
+        model__n_mtp_layers=0,
+      )
+      model = step.build_model(config)
+      tokens = make_batch()['tokens']
+      variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
+
+      def backward(variables):
+        def apply(params):
+          v = {**variables, 'params': params}
+          return model.apply(v, tokens, method='logits')
+
+        return jax.vjp(apply, variables['params'])[1]
+
+      residuals = jax.tree.leaves(jax.eval_shape(backward, variables))
+      return sum(r.size for r in residuals)
+
+    none, full, selective = map(kept, ('none', 'full', 'selective'))
+    self.assertLess(full, selective)
+    self.assertLess(selective, none)
+    mean = (none + full) / 2  # But for some scalars.
+    self.assertAlmostEqual(kept('alternate'), mean, delta=8)
+
   def test_padding(self):
     """Longer rows, a row of nothing, other ids in the padding."""
     batch = make_batch()

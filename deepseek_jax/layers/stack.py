@@ -116,28 +116,45 @@ def apply_stacked(
   n_layers = jax.tree.leaves(variables)[0].shape[0]
   group = 2 if remat == 'alternate' else 1
 
-  def run(x, layer_variables, index, in_scan):
+  def run(x, variables, index, in_scan, collect=collect):
     how = remat, index, in_scan, collect, parts
-    return rematerialised(layer.apply, *how)(layer_variables, x, *args)
+    return rematerialised(layer.apply, *how)(variables, x, *args)
+
+  def member(i):
+    """Takes a layer out of its group, within what is computed again.
+
+    Taken before, it would be a residual of the backward pass: all weights once
+    more.  As inputs of the loop of their own, every other layer of all would be
+    a copy, too.
+    """
+
+    def take(group_variables):
+      one = jax.tree.map(lambda v: v[i], group_variables)
+      return collect(one) if collect else one
+
+    return take
 
   def run_group(x, group_variables):
+    if group == 1:
+      return run(x, group_variables, 0, True)
     stats = []
-    for i, layer_variables in enumerate(group_variables):
-      x, s = run(x, layer_variables, i, in_scan=True)
+    for i in range(group):
+      x, s = run(x, group_variables, i, True, member(i))
       stats.append(s)
     return x, jax.tree.map(lambda *s: jnp.stack(s), *stats)
 
   scanned = n_layers // group * group if scan and n_layers > group else 0
   collected = []
   if scanned:
-    # Each layer of a group is an input of its own: a slice taken in the body
-    # would be stacked once more as a residual of the backward pass.
-    groups = [
-      jax.tree.map(lambda v: v[i:scanned:group], variables)  # noqa: B023
-      for i in range(group)
-    ]
+    groups = variables
+    if group > 1:
+      groups = jax.tree.map(
+        lambda v: v[:scanned].reshape(-1, group, *v.shape[1:]), variables
+      )
     x_BTD, stats = jax.lax.scan(run_group, x_BTD, groups)
-    collected.append(jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), stats))
+    if group > 1:
+      stats = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), stats)
+    collected.append(stats)
   for i in range(scanned, n_layers):
     one = jax.tree.map(lambda v: v[i], variables)  # noqa: B023
     x_BTD, stats = run(x_BTD, one, i % group, in_scan=False)
