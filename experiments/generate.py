@@ -14,6 +14,7 @@ as it is made; speed, and how many drafts of MTP stood, go to stderr.  Several
 devices divide the model and the prompts; of several processes one talks.
 """
 
+import hashlib
 import pathlib
 import sys
 import time
@@ -93,11 +94,10 @@ class Generator:
       variables = _with_copies(variables, workdir, trained.config)
     self._variables = variables
 
-  def complete(self, prompts, on_tokens=None) -> list[list[int]]:
-    """The new tokens of each prompt; speed goes to stderr."""
-    from deepseek_jax.inference import generate, load_balance
+  def complete(self, prompts, on_tokens=None):
+    """A `generate.Generation` of the prompts; speed goes to stderr."""
+    from deepseek_jax.inference import generate
     from deepseek_jax.training import layout as layout_lib
-    from deepseek_jax.training import process
 
     started = time.perf_counter()
     with layout_lib.ambient(self._layout):
@@ -121,9 +121,15 @@ class Generator:
       note += f'; drafts that stood: {shares}'
       note += f'; {result.tokens_per_pass:.2f} tokens a pass'
     _say(f'\n[{note}]', file=sys.stderr)
+    return result
+
+  def remember(self, result) -> None:
+    """Counts what experts did, for copies of the busiest; texts come first."""
+    from deepseek_jax.inference import load_balance
+    from deepseek_jax.training import process
+
     if result.load_LE is not None and process.is_first():
       load_balance.remember(self._workdir, result.load_LE)
-    return result.tokens
 
   def write(self, prompt: list[int], shown: int) -> list[int]:
     """Completes one prompt on stdout as it comes, from token `shown` on."""
@@ -142,10 +148,11 @@ class Generator:
       say()
 
     say()
-    [output] = self.complete([prompt], on_tokens)
+    result = self.complete([prompt], on_tokens)
     say(final=True)
     _say()
-    return output
+    self.remember(result)
+    return result.tokens[0]
 
   def document(self, text: str) -> list[int]:
     """As in training, where every document begins with this token."""
@@ -165,7 +172,7 @@ def _with_copies(variables, workdir, config):
   import numpy as np
 
   from deepseek_jax.inference import load_balance
-  from deepseek_jax.training import metrics
+  from deepseek_jax.training import metrics, process
 
   flag = f'--redundant_experts={_REDUNDANT.value}'
   load_LE = load_balance.recall(workdir)
@@ -178,6 +185,9 @@ def _with_copies(variables, workdir, config):
         'from a model with routed experts'
       )
     load_LE = np.array(loads[-1])
+  # Each process reads for itself, and the file may change in between.
+  digest = hashlib.sha256(load_LE.tobytes()).hexdigest()
+  process.check_same({f'the load of experts in {workdir}': digest})
   axes, moe = config.parallel, config.model.moe
   devices = axes.node * axes.expert
   count = moe.n_routed_experts + _REDUNDANT.value
@@ -269,9 +279,11 @@ def _complete(generator: Generator, prompts: list[str]) -> None:
   if len(ids) == 1:
     generator.write(ids[0], 1)
     return
-  for prompt, output in zip(ids, generator.complete(ids)):
+  result = generator.complete(ids)
+  for prompt, output in zip(ids, result.tokens):
     # Together: a character may begin in one and end in the other.
     _say(f'{generator.tokenizer.decode([*prompt, *output])}\n---')
+  generator.remember(result)
 
 
 if __name__ == '__main__':

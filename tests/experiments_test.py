@@ -243,6 +243,41 @@ def test_a_run_in_fp8_codes_is_evaluated_and_continued(swept, tmp_path):
       assert errors.count('tokens, ') == 1
 
 
+_OF_TWO_PROCESSES = """
+import pathlib, sys
+from unittest import mock
+import jax, numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+from experiments import generate
+
+flags.FLAGS(['generate', '--redundant_experts=2'])
+generator = mock.Mock(document=lambda text: [text])
+generator.tokenizer.decode = str
+generator.complete.return_value.tokens = [[1], [2]]
+generator.remember = lambda _: print('counted')
+generate._complete(generator, ['a', 'b'])
+jax.process_count = lambda: 2
+multihost_utils.process_allgather = lambda x: np.stack([x, x + 1])
+generate._with_copies({}, pathlib.Path(sys.argv[1]), None)
+"""
+
+
+def test_loads_are_kept_after_the_texts_and_read_alike(tmp_path):
+  """Where processes read another load, copies of experts would differ."""
+  (tmp_path / 'expert_load.json').write_text('[[1, 2]]')
+  done = subprocess.run(
+    [sys.executable, '-c', _OF_TWO_PROCESSES, str(tmp_path)],
+    capture_output=True,
+    text=True,
+    cwd=_ROOT,
+  )
+  assert done.stdout == "['a', 1]\n---\n['b', 2]\n---\ncounted\n"
+  last = done.stderr.splitlines()[-1]
+  assert 'the load of experts in' in last, done.stderr
+  assert 'process 1 has another value' in last
+
+
 @pytest.mark.parametrize(
   'arguments, message',
   [

@@ -1,5 +1,7 @@
 """EPLB against its published vector, and the properties of any placement."""
 
+from unittest import mock
+
 import chex
 import numpy as np
 import pytest
@@ -95,6 +97,21 @@ def test_loads_of_several_texts_add_up(tmp_path):
     path.write_text(text)
     with pytest.raises(ValueError, match='expert_load.json is damaged'):
       load_balance.recall(tmp_path)
+    _is_not_kept(tmp_path, 'expert_load.json is damaged, remove it')
+    assert path.read_text() == text
+  path.unlink()
+  path.mkdir()
+  with pytest.raises(ValueError, match='expert_load.json: Is a directory'):
+    load_balance.recall(tmp_path)
+  _is_not_kept(tmp_path, 'expert_load.json: Is a directory')
+
+
+def _is_not_kept(workdir, why):
+  """The texts are there: nothing fails."""
+  with mock.patch.object(load_balance.logging, 'warning') as warning:
+    load_balance.remember(workdir, _LOADS)
+  [(text, error)] = [call.args for call in warning.call_args_list]
+  assert why in text % error
 
 
 @pytest.mark.parametrize(

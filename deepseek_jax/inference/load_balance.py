@@ -200,22 +200,25 @@ def _take(sharding):
 def remember(workdir: pathlib.Path, load_LE: np.ndarray) -> None:
   """Adds a load to that of earlier texts, in `workdir/expert_load.json`.
 
+  Never raises, for the texts are there: nothing is kept, and a warning says so,
+  if nothing can be written or what is there is damaged.
+
   Args:
-    workdir: of the run; nothing is kept if nothing can be written there.
+    workdir: of the run.
     load_LE: of `generate.Generation`; with rows of MTP, or without.
   """
-  total_LE = recall(workdir)
-  if total_LE is None or total_LE.shape[1] != load_LE.shape[1]:
-    total_LE = load_LE[:0]
-  rows = max(len(total_LE), len(load_LE))
-  total_LE, load_LE = (
-    np.pad(x, ((0, rows - len(x)), (0, 0))) for x in (total_LE, load_LE)
-  )
   partial = workdir / f'.{FILE}.{os.getpid()}'
   try:
+    total_LE = recall(workdir)
+    if total_LE is None or total_LE.shape[1] != load_LE.shape[1]:
+      total_LE = load_LE[:0]
+    rows = max(len(total_LE), len(load_LE))
+    total_LE, load_LE = (
+      np.pad(x, ((0, rows - len(x)), (0, 0))) for x in (total_LE, load_LE)
+    )
     partial.write_text(json.dumps((total_LE + load_LE).tolist()))
     partial.replace(workdir / FILE)
-  except OSError as error:
+  except (OSError, ValueError) as error:
     logging.warning('the load of experts is not kept: %s', error)
 
 
@@ -223,7 +226,7 @@ def recall(workdir: pathlib.Path) -> np.ndarray | None:
   """The sum of what `remember` was given, float64 [L, E]; None without it.
 
   Raises:
-    ValueError: if the file is damaged.
+    ValueError: if the file is damaged, or cannot be read.
   """
   path = workdir / FILE
   if not path.exists():
@@ -232,6 +235,8 @@ def recall(workdir: pathlib.Path) -> np.ndarray | None:
     load_LE = np.array(json.loads(path.read_text()), np.float64)
     if load_LE.ndim != 2:
       raise ValueError('no matrix')
+  except OSError as error:
+    raise ValueError(f'{path}: {error.strerror}') from error
   except (ValueError, TypeError) as error:
     raise ValueError(f'{path} is damaged, remove it: {error}') from None
   return load_LE
