@@ -185,6 +185,21 @@ class LoadTest(DataCase):
       self.load(tokenizer=str(path), fim_rate=0.0).tokenizer.fim_ids
     )
 
+  def test_fingerprint_is_of_ids_not_of_what_is_shown(self):
+    """Which tokens are hidden when a text is shown decides no id."""
+    own = json.loads(tokenizer.Tokenizer.train(make_texts(), 280).definition)
+    think = dict(own['added_tokens'][0], id=280, content='<think>')
+    prints, shown = set(), set()
+    for special in True, False:
+      path = self.dir / f'{special}.json'
+      added = [*own['added_tokens'], {**think, 'special': special}]
+      path.write_text(json.dumps({**own, 'added_tokens': added}))
+      corpus = self.load(tokenizer=str(path))
+      prints.add(corpus.fingerprint)
+      shown.add(corpus.tokenizer.decode([280]))
+    self.assertLen(prints, 1)
+    self.assertEqual(shown, {'', '<think>'})
+
   def test_wide_vocabulary(self):
     """Ids above 65,535 need the wider file."""
     own = tokenizer.Tokenizer.train(make_texts(), VOCAB)

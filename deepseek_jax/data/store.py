@@ -31,7 +31,7 @@ from deepseek_jax.data import tokenizer as tokenizer_lib
 TRAIN_BYTES = 32 << 20  # The text that BPE training sees, at most.
 _END_BYTES = 1 << 16  # Of each file, at both ends, that its key depends on.
 _BATCH_CHARS = 1 << 19  # Encoded at once; an encoding is 100 times its text.
-_FORMAT = 1  # Counted up when the same inputs begin to give other files.
+_FORMAT = 2  # Counted up when the same inputs begin to give other files.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +192,7 @@ def _make(
     print(f'data: training a BPE of {vocab_size} ids', file=sys.stderr)
     tokenizer = tokenizer_lib.Tokenizer.train(texts, vocab_size)
   tokenizer.save(partial / 'tokenizer.json')
-  digest = hashlib.sha256((partial / 'tokenizer.json').read_bytes())
+  digest = hashlib.sha256(tokenizer.definition.encode())
   lengths, draws = array.array('q'), array.array('d')
   with (partial / 'tokens.bin').open('wb') as file:
     for batch in _batches(_progress(corpora.documents(config), total)):

@@ -139,9 +139,14 @@ class Tokenizer:
     inner.train_from_iterator(texts, trainer)
     return cls(inner.to_str())
 
+  @property
+  def definition(self) -> str:
+    """All that decides the ids of a text, whatever a file declares special."""
+    return self._inner.to_str(pretty=True)
+
   def equals(self, other: 'Tokenizer') -> bool:
     """Whether both turn every text into the same ids."""
-    return self._inner.to_str() == other._inner.to_str()
+    return self.definition == other.definition
 
   def save(self, path: str | pathlib.Path) -> None:
     """Writes a tokenizer.json that `load` and `transformers` read.
