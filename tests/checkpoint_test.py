@@ -299,6 +299,22 @@ class ConfigTest(parameterized.TestCase):
     assert f'train.steps: {old.train.steps} -> 9' in ''.join(logs.output)
     assert f'optim.lr: {old.optim.lr} -> 1.0' in ''.join(logs.output)
 
+  def test_fields_come_and_go_after_the_last_step(self):
+    config = _config(train__steps=1)
+    _save(self.workdir, [1], config)
+    optim = config_lib.to_dict(config)['optim']
+    saved = {'b3': optim.pop('b2'), **optim}
+    to_dict = config_lib.to_dict
+    with (
+      mock.patch.object(
+        config_lib, 'to_dict', lambda c: to_dict(c) | {'optim': saved}
+      ),
+      self.assertLogs(level='WARNING') as logs,
+    ):
+      assert int(_restore(self.workdir, config)[0].step) == 1
+    for line in ('optim.b2: 0.95 -> (absent)', 'optim.b3: (absent) -> 0.95'):
+      assert line in ''.join(logs.output).replace("'", '')
+
 
 class LockTest(parameterized.TestCase):
   def test_second_run_is_refused_until_the_first_ends(self):

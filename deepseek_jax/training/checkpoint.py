@@ -441,7 +441,12 @@ def _check_config(meta, config, workdir):
       + '\n  '.join(fixed)
       + '\nuse the saved values, or another workdir'
     )
-  late = [line for line in changed if not line.startswith(_IDLE)]
+  # Where one of the two has no such field, its value cannot be used.
+  late = [
+    line
+    for line in changed
+    if not line.startswith(_IDLE) and _ABSENT not in line
+  ]
   if late and meta['step'] >= config.train.steps:
     raise ConfigMismatch(
       f'--workdir={workdir} holds all of train.steps={config.train.steps}, '
