@@ -26,6 +26,7 @@ REMATS = ('none', 'full', 'alternate', 'selective')
 TILES = ('1x128', '128x128', 'tensor')
 SCALES = ('float32', 'ceil', 'floor')
 ACCUMULATE = ('exact', 'hopper14')
+HOPPER14_MANTISSA_BITS = 3  # Of its operands, at most.
 NONFINITES = ('stop', 'skip')
 PIPELINES = ('gpipe', '1f1b', 'interleaved', 'zb_h1', 'dualpipe', 'dualpipe_v')
 KERNELS = ('auto', 'xla')
@@ -343,7 +344,7 @@ class FP8Config:
   """FP8 linears (V3 sections 3.3.1 to 3.3.3); the defaults are V3's recipe.
 
   A format is written e4m3, e5m2, e5m6, e8m7 (bfloat16), or as any such pair;
-  hopper14 takes operands of at most 3 mantissa bits.
+  hopper14 takes operands, fmt and gradient_fmt, of at most 3 mantissa bits.
   """
 
   enabled: bool = False  # Linears in FP8; where: attention, dense, experts.
@@ -376,6 +377,16 @@ class FP8Config:
         _choice(p + name, value, TILES)
     _choice(p + 'weight_tile', self.weight_tile, TILES[1:])
     _choice(p + 'accumulate', self.accumulate, ACCUMULATE)
+    for name in ('fmt', 'gradient_fmt'):
+      value = getattr(self, name)
+      _require(
+        self.accumulate != 'hopper14'
+        or _format(p + name, value) <= HOPPER14_MANTISSA_BITS,
+        p + name,
+        value,
+        f'{p}accumulate=hopper14 takes {HOPPER14_MANTISSA_BITS} mantissa bits '
+        'at most; use e4m3, e5m2, or accumulate=exact',
+      )
     tiles = {self.activation_tile, self.weight_tile, self.gradient_tile}
     _require(
       self.amax_history == 0 or self.amax_history > 0 and tiles == {'tensor'},
@@ -399,7 +410,8 @@ class FP8Config:
     )
 
 
-def _format(field: str, value: str) -> None:
+def _format(field: str, value: str) -> int:
+  """The mantissa bits of a format that there is."""
   match = re.fullmatch(r'e(\d+)m(\d+)(fn)?', value)
   E, M = (int(match[1]), int(match[2])) if match else (0, 0)
   _require(
@@ -409,6 +421,7 @@ def _format(field: str, value: str) -> None:
     'use e4m3, e5m2, e5m6, e8m7, or another eXmY of at most 16 bits, with 2 to '
     '8 exponent and 1 to 12 mantissa bits, and eXmYfn up to 7',
   )
+  return M
 
 
 @dataclasses.dataclass(frozen=True)

@@ -310,6 +310,12 @@ class MapTest(parameterized.TestCase):
   def test_every_flag_reaches_the_program(self, name, value):
     self.assertNotEqual(_program(**{name: value}), _program())
 
+  @parameterized.parameters('fmt', 'gradient_fmt')
+  def test_operands_that_hopper14_does_not_take(self, name):
+    how = {name: 'e5m6', 'accumulate': 'hopper14'}
+    with self.assertRaisesRegex(ValueError, f"{name}='e5m6': .*hopper14"):
+      config_lib.FP8Config(**how)
+
   @parameterized.parameters(True, False)
   def test_experts_decide_what_is_sent_to_them(self, enabled):
     """In BF16 if they are, though all else is in FP8."""

@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.config import ACCUMULATE
+from deepseek_jax.config import ACCUMULATE, HOPPER14_MANTISSA_BITS
 from deepseek_jax.ops import formats
 from deepseek_jax.ops.quantize import BLOCK, Quantized
 
 # A tensor core adds so many products at once, aligned to the largest of them.
 _INSTRUCTION_K = 32
-_MANTISSA_BITS = 3  # Of its operands, at most.
 _FRACTION_BITS = 13  # Kept of an aligned product, and of the accumulator.
 
 
@@ -92,7 +91,7 @@ def _check(a_mT: Quantized, b: Quantized, accumulation: Accumulation) -> None:
         f'promote={promote}: the scales of {name} change every {BLOCK}; choose '
         f'a divisor of {BLOCK}, or scales of the whole tensor'
       )
-    if kind == 'hopper14' and q.fmt.mantissa_bits > _MANTISSA_BITS:
+    if kind == 'hopper14' and q.fmt.mantissa_bits > HOPPER14_MANTISSA_BITS:
       raise ValueError(
         f'accumulate={kind!r}: {name} is {q.fmt}, a tensor core takes three '
         'mantissa bits at most; choose e4m3, e5m2, or exact'
