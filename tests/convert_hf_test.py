@@ -132,9 +132,14 @@ class RoundTripTest(support.FolderTestCase):
       self.folder / 'jax', self.folder / 'back', 'hf', keep_extra=True
     )
     support.assert_same(support.read(self.folder / 'back'), arrays)
-    config, variables = convert.load_hf(self.folder / 'jax')
-    convert.save_hf(self.folder / 'saved', config, variables)
-    support.assert_same(support.read(self.folder / 'saved'), arrays)
+    before = 'jax'
+    for folder in 'saved', 'again':
+      with self.assertLogs('absl') as logs:
+        config, variables = convert.load_hf(self.folder / before)
+      self.assertIn('model: value_head.weight', logs.output[0])
+      convert.save_hf(self.folder / folder, config, variables)
+      support.assert_same(support.read(self.folder / folder), arrays)
+      before = folder
     run.convert(src, self.folder / 'official', 'official', keep_extra=True)
     for folder, name in ('jax', 'extra'), ('official', 'rest'):
       (self.folder / folder / f'{name}.safetensors').unlink()

@@ -94,8 +94,13 @@ def _is_fp8(specs, name):
   return name in specs and specs[name].dtype == fp8.E4M3
 
 
-def _refuse(what: str, found: Iterable[str]) -> None:
+def first_of(found: Iterable[str]) -> str:
+  """The first three in words, and how many more; '' if there is none."""
   found = sorted(found)
-  if found:
-    more = f' and {len(found) - 3} more' if len(found) > 3 else ''
-    raise ValueError(f'{what}: {", ".join(found[:3])}{more}')
+  more = f' and {len(found) - 3} more' if len(found) > 3 else ''
+  return ', '.join(found[:3]) + more
+
+
+def _refuse(what: str, found: Iterable[str]) -> None:
+  if listed := first_of(found):
+    raise ValueError(f'{what}: {listed}')

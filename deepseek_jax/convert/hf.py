@@ -6,6 +6,7 @@ import shutil
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from deepseek_jax import config as config_lib
 from deepseek_jax.convert import (
@@ -190,15 +191,17 @@ def load_hf(
     'fp8': the collection 'scales' then has their block scales at the same
     paths, float32 [in, out] / 128, rounded up; `quantize.join_scales` makes of
     both what a `Transformer` takes.  The collection 'extra' holds an MTP
-    layer's own embedding or head where it is not the main one's, and what a
-    conversion with --keep_extra carried along, as numpy arrays.
+    layer's own embedding or head where it is not the main one's, and, with a
+    warning, tensors that are no part of the model, as numpy arrays.
 
   Raises:
     ValueError: naming the file, key or tensor, if the checkpoint is not whole.
   """
   import jax.numpy as jnp
 
-  opened = open_checkpoint(directory)
+  opened = open_checkpoint(directory, keep_extra=True)
+  if extra := check.first_of(opened.extra):
+    logging.warning('%s: no part of the model: %s', directory, extra)
   source, model = cast(opened, dtype), opened.config.model
   check.one_dtype_a_leaf(source, model)
   leaves, rest = _allocate(source, model), dict(source.specs)
