@@ -15,6 +15,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import tensorstore as ts
 from absl.testing import absltest, parameterized
 
 from deepseek_jax import presets
@@ -103,6 +104,11 @@ class _Abstract(sources.Source):
 
   def equal(self, a, b):
     return self.specs[a] == self.specs[b]
+
+
+def _link_to_itself(path):
+  path.unlink()
+  path.symlink_to(path)
 
 
 class DamageTest(support.FolderTestCase):
@@ -213,6 +219,27 @@ class DamageTest(support.FolderTestCase):
     else:
       newest.mkdir()
     self._refused(message)
+
+  @parameterized.parameters(
+    (os.unlink, 'chunk 0 is missing or cut'),
+    (lambda path: os.truncate(path, 0), 'chunk 0 is missing or cut'),
+    (_link_to_itself, 'symbolic links.*may be whole'),
+  )
+  def test_a_chunk_in_a_file_of_many(self, change, message):
+    """A storage that does not answer has lost nothing."""
+    spec = {
+      'driver': 'zarr',
+      'kvstore': {'driver': 'ocdbt', 'base': f'file://{self.folder}/'},
+      'metadata': {'shape': [400], 'chunks': [400], 'dtype': '<f4'},
+    }
+    numbers = np.random.default_rng(0).random(400, np.float32)
+    array = ts.open(spec, create=True).result()
+    array.write(numbers).result()
+    orbax_io._check_chunks('x', array)
+    files = (p for p in self.folder.rglob('*') if p.is_file())
+    change(max(files, key=lambda p: p.stat().st_size))
+    with self.assertRaisesRegex(ValueError, message):
+      orbax_io._check_chunks('x', array)
 
   def test_files_and_index_that_disagree(self):
     support.write(self.src, self.model, self.arrays)

@@ -24,6 +24,9 @@ CHECKPOINTS = 'checkpoints'
 EXTRA = 'extra.safetensors'
 _STEP = '0'
 _DAMAGED = 'the checkpoint is damaged: move it away to read the one before'
+# How tensorstore's errors begin that are about what is stored (NOT_FOUND of a
+# file, OUT_OF_RANGE of one that was cut), not about reading it here and now.
+_LOST = ('NOT_FOUND', 'OUT_OF_RANGE', 'DATA_LOSS')
 _CACHE = 64 << 20  # Bytes of decoded chunks kept, if none is larger.
 _ZARR = {'float32': '<f4', 'float16': '<f2'}  # The rest by its own name.
 
@@ -168,8 +171,10 @@ def _check_chunks(name: str, array: Any) -> None:
 def _is_there(end: Any) -> bool:
   try:
     return bool(end.result().value)
-  except ValueError:  # What tensorstore raises for any fault of the storage.
-    return False
+  except ValueError as error:  # What tensorstore raises for any fault.
+    if str(error).startswith(_LOST):
+      return False
+    raise ValueError(f'{error}; the checkpoint may be whole') from error
 
 
 def _require(tree: dict[str, Any], where: pathlib.Path, *keys: str) -> None:
