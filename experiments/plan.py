@@ -80,7 +80,7 @@ def _check(config) -> None:
   """Refuses stages that a run would refuse, which knows every shape."""
   from deepseek_jax.training import layout, step
 
-  layout.places(step.declare(step.build_model(config)), config.parallel)
+  layout.places(step.declare(step.build_model(config)), config)
 
 
 def main() -> None:

@@ -439,11 +439,11 @@ class CommandTest(parameterized.TestCase):
     (('--preset=tiny', '--parallel.expert=3'), 'must divide'),
     (
       (
-        '--preset=deepseek_v2_lite',
-        '--parallel.stage=3',
-        '--parallel.schedule=1f1b',
+        '--preset=deepseek_v3',
+        '--parallel.stage=10',
+        '--train.micro_batch_size=128',
       ),
-      'use one of 1, 2, 4\n',
+      'use one of 1, 2, 4, 8\n',  # 16 ranks would need more micro-batches.
     ),
     (('--preset=tiny', '--ranks=4'), '--ranks is of the plan of a schedule'),
     (

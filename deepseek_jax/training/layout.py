@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from deepseek_jax.config import Config, ParallelConfig
+from deepseek_jax import config as config_lib
+from deepseek_jax.config import Config
 from deepseek_jax.layers.params import Parameter
 from deepseek_jax.ops import quantize
 from deepseek_jax.parallel import mesh as mesh_lib
@@ -290,15 +291,16 @@ def make(
     declared['params'],
     is_leaf=_is_box,
   )
-  return Layout(mesh, *places(declared, parallel), dtypes)
+  return Layout(mesh, *places(declared, config), dtypes)
 
 
-def places(declared: Any, parallel: ParallelConfig) -> tuple[Any, Any, Any]:
+def places(declared: Any, config: Config) -> tuple[Any, Any, Any]:
   """Where each parameter lies: trees of `rules.Placement`'s three states.
 
   Raises:
     ValueError: an axis that divides no size.
   """
+  parallel = config.parallel
   sizes = {axis: getattr(parallel, axis) for axis in mesh_lib.AXES}
   boxes, tree = jax.tree_util.tree_flatten_with_path(
     declared['params'], is_leaf=_is_box
@@ -312,7 +314,9 @@ def places(declared: Any, parallel: ParallelConfig) -> tuple[Any, Any, Any]:
     return found._replace(stored=stored)
 
   def fits(stages):
+    changes = {'parallel.stage': stages, 'parallel.stage_layers': ''}
     try:
+      config_lib.replace(config, changes)
       return [place(box, stages) for _, box in boxes]
     except ValueError:
       return None
