@@ -8,6 +8,7 @@
 The same command goes on where an interrupted run stopped.
 """
 
+import pathlib
 import shlex
 
 from absl import flags as absl_flags
@@ -32,11 +33,15 @@ def main() -> None:
 
   with dispatch.told(step_log.say):
     run.train(config, workdir, base)
-  again = shlex.join([*flags.given(), f'--workdir={workdir}_aux'])
-  step_log.say(
-    f'  python -m experiments.train {again} \\\n'
-    '    --model.moe.balance=aux_loss --optim.alpha=0.01  # And MaxVio?'
-  )
+  moe = config.model.moe
+  if moe.n_routed_experts and moe.balance != 'aux_loss':
+    other = ('--model.moe.balance=', '--optim.alpha=')
+    given = [word for word in flags.given() if not word.startswith(other)]
+    again = shlex.join([*given, f'--workdir={pathlib.Path(workdir)}_aux'])
+    step_log.say(
+      f'  python -m experiments.train {again} \\\n'
+      '    --model.moe.balance=aux_loss --optim.alpha=0.01  # And MaxVio?'
+    )
 
 
 if __name__ == '__main__':

@@ -315,7 +315,14 @@ def test_a_mistake_is_one_line(arguments, message):
   assert len(errors.splitlines()) == 1, errors
 
 
-def test_train_says_what_it_was_given(tmp_path):
+@pytest.mark.parametrize(
+  'balance, more, workdir',
+  [
+    ('none', ['--optim.alpha=0.5', '--workdir=runs/x/'], 'runs/x/'),
+    ('aux_loss', [], 'runs/mine'),
+  ],
+)
+def test_train_says_what_it_was_given(balance, more, workdir, tmp_path):
   file = tmp_path / 'mine.py'
   file.write_text(
     'from deepseek_jax import presets\nget_config = presets.tiny\n'
@@ -326,14 +333,18 @@ def test_train_says_what_it_was_given(tmp_path):
     'runpy.run_module("experiments.train", run_name="__main__")'
   )
   flags = [f'--config={file}', '--notrain.scan_layers', '--optim.lr=0.5']
+  more = [f'--model.moe.balance={balance}', *more]
   done = subprocess.run(
-    [sys.executable, '-c', code, *flags], capture_output=True, text=True
+    [sys.executable, '-c', code, *flags, *more], capture_output=True, text=True
   )
   assert done.returncode == 0, done.stderr
-  assert done.stdout == 'runs/mine 10\n'
+  assert done.stdout == f'{workdir} 10\n'
   words = ' '.join(done.stderr.split())
   expected = ' '.join(flags[:1] + ['--optim.lr=0.5', '--notrain.scan_layers'])
-  assert f'experiments.train {expected} --workdir=runs/mine_aux' in words
+  if balance == 'aux_loss':  # The proposal was followed.
+    assert 'experiments.train' not in words
+  else:
+    assert f'experiments.train {expected} --workdir=runs/x_aux' in words
 
 
 def test_help_of_an_ablation_shows_its_question_and_its_flags():
