@@ -1,5 +1,6 @@
 """Hugging Face checkpoints there and back, byte for byte, in memory and not."""
 
+import contextlib
 import json
 
 import jax
@@ -162,7 +163,9 @@ class RoundTripTest(support.FolderTestCase):
     src, _, arrays = self._source('v3', tie_embeddings=True)
     self.assertNotIn('lm_head.weight', arrays)
     run.convert(src, self.folder / 'jax', 'jax')
-    run.convert(self.folder / 'jax', self.folder / 'back', 'hf')
+    (self.folder / 'back').mkdir()
+    with contextlib.chdir(self.folder / 'back'):
+      run.convert(self.folder / 'jax', '.', 'hf')
     support.assert_same(support.read(self.folder / 'back'), arrays)
 
 

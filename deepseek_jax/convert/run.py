@@ -68,6 +68,7 @@ def convert(
     ValueError: as `plan_to`.
   """
   src, dst = (pathlib.Path(p).expanduser() for p in (src, dst))
+  dst = dst.absolute()  # Of `.` there is no name.
   options = {'use_ema': use_ema, 'mp': mp, 'keep_extra': keep_extra}
   made = plan_to(dst, src, to, dtype, **options)
   partial = _partial(dst)
@@ -234,7 +235,7 @@ def _finish(made, partial, src, dst, to):
     return
   config = hf.run_config(opened, source)
   if (partial / 'tokenizer.json').exists():
-    path = dst.absolute() / 'tokenizer.json'
+    path = dst / 'tokenizer.json'
     config = config_lib.replace(config, {'data.tokenizer': str(path)})
   orbax_io.write_metadata(partial, source, config)
   (partial / hf.CONFIG).write_text(config_lib.to_json(config))
