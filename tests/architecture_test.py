@@ -133,6 +133,11 @@ class ImportsTest(parameterized.TestCase):
       uses = any(name.startswith('absl.flags') for name in _imports(path))
       self.assertTrue(not uses or module == 'flags', path)
 
+  def test_releases_of_jax_differ_in_one_module_of_the_kernels(self):
+    for name, path in _modules().items():
+      if name.startswith('kernels.') and name != 'kernels.mosaic':
+        self.assertNotRegex(path.read_text(), '__version|jax[.]_src', name)
+
   def test_ops_know_nothing_of_flax(self):
     for module, path in _modules().items():
       if _within(module, ('ops', 'kernels', 'parallel')):

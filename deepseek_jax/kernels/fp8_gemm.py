@@ -37,10 +37,6 @@ from deepseek_jax.kernels import mosaic
 
 BLOCK = 128
 _WAVE = 64  # Rows of a wgmma.
-# What is left for the two multiplying warpgroups, 216 or 208 registers each, is
-# what ptxas gets along with: neighbouring numbers spill up to 16 of a wide tile
-# (experiments/LOG.md, "registers of the wide FP8 tile").
-_TMA_REGISTERS = 72 if jax.__version_info__ < (0, 12) else 88
 
 
 class Experts(NamedTuple):
@@ -189,7 +185,7 @@ def _body(*refs, shape, groups, stages):
     return plgpu.emit_pipeline_warp_specialized(
       step,
       grid=(steps,),
-      memory_registers=_TMA_REGISTERS,
+      memory_registers=mosaic.producer_registers(),
       in_specs=specs,
       wg_axis='wg',
       num_compute_wgs=2,

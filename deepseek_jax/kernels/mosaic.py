@@ -153,6 +153,16 @@ def interprets_fp8() -> bool:
   return jax.__version_info__ >= (0, 11)
 
 
+def producer_registers() -> int:
+  """Registers of the warpgroup that only copies, beside a wide FP8 tile.
+
+  What is left for the two multiplying warpgroups, 216 or, from 0.12 on, 208
+  each, is what ptxas gets along with: neighbouring numbers spill up to 16 of
+  the tile (experiments/LOG.md, "registers of the wide FP8 tile").
+  """
+  return 72 if jax.__version_info__ < (0, 12) else 88
+
+
 def turns_codes() -> bool:
   """Whether registers of FP8 codes find a layout to be turned: from 0.11 on."""
   return jax.__version_info__ >= (0, 11)
