@@ -25,7 +25,7 @@ from absl import flags as absl_flags
 
 from deepseek_jax import config as config_lib
 from deepseek_jax import flags, presets
-from deepseek_jax.convert import hf_config
+from deepseek_jax.convert import orbax_io
 from deepseek_jax.planner import flops as flops_lib
 from experiments import bench_gpu, bench_pipeline, bench_worker
 
@@ -245,12 +245,15 @@ def _gpu_table(options: dict, config: config_lib.Config) -> str:
 
 
 def _trained_config():
+  flag = f'--workdir={_WORKDIR.value}'
   if _SUITE.value != 'decode':
-    raise ValueError(f'--workdir with --suite={_SUITE.value}: use decode')
-  path = pathlib.Path(_WORKDIR.value).expanduser() / 'config.json'
-  if not path.is_file():
-    raise ValueError(f'--workdir={_WORKDIR.value}: no config.json in it')
-  return config_lib.from_dict(config_lib.Config, hf_config.read(path))
+    raise ValueError(f'{flag} with --suite={_SUITE.value}: use decode')
+  if given := flags.given():
+    raise ValueError(f'{flag}: a run has its settings; drop {" ".join(given)}')
+  path = pathlib.Path(_WORKDIR.value).expanduser()
+  if not (path / orbax_io.CHECKPOINTS).is_dir():
+    raise ValueError(f'{flag}: no checkpoints in it; name the workdir of a run')
+  return orbax_io.Workdir(path).run
 
 
 def main() -> None:
@@ -287,6 +290,7 @@ def main() -> None:
   options = {
     'preset': preset,
     'updates': {name: new for name, (_, new) in updates.items()},
+    'decodes': _SUITE.value == 'decode',
     'workdir': _WORKDIR.value,
   }
   if _SUITE.value == 'gpu':

@@ -47,16 +47,13 @@ def _tokens(config: config_lib.Config, seed: int) -> np.ndarray:
 class JaxWorker:
   """This repository: `make_train_step` and the jitted forward."""
 
-  def __init__(self, config: config_lib.Config, workdir: str = ''):
-    """`workdir`: of a run whose trained weights `generate` takes."""
+  def __init__(self, config: config_lib.Config):
     import jax
 
     from deepseek_jax.training import optimizer, process, schedules, step
 
     process.use_compilation_cache(config)
     self._jax, self._config, self._count = jax, config, 0
-    self._workdir, self._prompts = workdir, []
-    self._weights = None  # Of inference, made when first asked for.
     self._model = step.build_model(config)
     tx = optimizer.adamw(config.optim, config.precision)
     self._state = step.init_state(self._model, tx, 0)
@@ -95,42 +92,6 @@ class JaxWorker:
       self._forward(state.params, state.router_state, tokens)
     )
 
-  def generate(
-    self, batch: int, new_tokens: int, drafts: int = 0
-  ) -> dict[str, float]:
-    """Greedy continuation of prompts of `PROMPT` tokens; drafts that stood.
-
-    A trained model continues what it wrote itself, for nothing else here is
-    sure to be of the kind it knows.
-    """
-    from deepseek_jax.inference import generate, weights
-
-    if self._weights is None:
-      self._weights = weights.unstack(self._model, self._variables())
-      self._prompts = _prompts(self._config, BATCHES[-1])
-      if self._workdir:
-        starts = [[self._bos]] * BATCHES[-1]
-        written = generate.generate(
-          self._model, self._weights, starts, PROMPT - 1, temperature=1.0
-        ).tokens
-        self._prompts = [[self._bos, *tokens] for tokens in written]
-    prompts = self._prompts[:batch]
-    done = generate.generate(
-      self._model, self._weights, prompts, new_tokens, drafts=drafts
-    )
-    return {'stood': done.acceptance[0]} if drafts else {}
-
-  def _variables(self):
-    if not self._workdir:
-      state = self._state
-      return {'params': state.params, 'router_state': state.router_state}
-    from deepseek_jax.data import tokenizer
-    from deepseek_jax.training import trained
-
-    path = pathlib.Path(self._workdir).expanduser()
-    self._bos = tokenizer.Tokenizer.load(path / 'tokenizer.json').bos_id
-    return trained.load(path).variables
-
   def matmul(self) -> None:
     """A large float32 product."""
     x = self._jax.numpy.ones((MATMUL, MATMUL))
@@ -147,6 +108,47 @@ class JaxWorker:
       'peak_flops': throughput.peak_flops(device),
       'device': device.device_kind,
     }
+
+
+class JaxDecoder:
+  """This repository: `generate`, by fresh weights or those of a run."""
+
+  def __init__(self, config: config_lib.Config, workdir: str = ''):
+    """Without a `workdir`, `config` is that of the model."""
+    from deepseek_jax.data import tokenizer
+    from deepseek_jax.inference import weights
+    from deepseek_jax.training import process, step, trained
+
+    if workdir:
+      path = pathlib.Path(workdir).expanduser()
+      bos = tokenizer.Tokenizer.load(path / 'tokenizer.json').bos_id
+      run = trained.load(path)
+      self._model, variables = run.model, run.variables
+    else:
+      process.use_compilation_cache(config)
+      self._model = step.build_model(config)
+      variables = step.init_variables(self._model, 0)
+    self._weights = weights.unstack(self._model, variables)
+    self._prompts = _prompts(config, BATCHES[-1])
+    if workdir:
+      # Nothing else here is sure to be of the kind that the model knows.
+      starts = [[bos]] * BATCHES[-1]
+      written = self._write(starts, PROMPT - 1, temperature=1.0).tokens
+      self._prompts = [[bos, *tokens] for tokens in written]
+
+  def _write(self, prompts, new_tokens, **options):
+    from deepseek_jax.inference import generate
+
+    return generate.generate(
+      self._model, self._weights, prompts, new_tokens, **options
+    )
+
+  def generate(
+    self, batch: int, new_tokens: int, drafts: int = 0
+  ) -> dict[str, float]:
+    """Greedy continuation of prompts of `PROMPT` tokens; drafts that stood."""
+    done = self._write(self._prompts[:batch], new_tokens, drafts=drafts)
+    return {'stood': done.acceptance[0]} if drafts else {}
 
 
 class TorchWorker:
@@ -240,7 +242,9 @@ def _build(name: str, options: dict):
   config = presets.PRESETS[options['preset']]()
   config = config_lib.replace(config, options['updates'])
   if name == 'deepseek_jax':
-    return JaxWorker(config, options.get('workdir', ''))
+    if options['decodes']:
+      return JaxDecoder(config, options['workdir'])
+    return JaxWorker(config)
   _, experts, attention = name.split(':')
   return TorchWorker(config, experts, attention)
 

@@ -1,4 +1,4 @@
-"""The benchmark measures equal work, and prints its tables."""
+"""The benchmark measures equal work, and prints its table of training."""
 
 import subprocess
 import sys
@@ -9,10 +9,7 @@ import torch
 
 from deepseek_jax import config as config_lib
 from deepseek_jax import presets
-from deepseek_jax.convert import run
-from deepseek_jax.data import tokenizer as tokenizer_lib
 from experiments import bench_worker
-from tests import convert_support as support
 
 _SIZE = {'model.n_layers': 2, 'data.batch_size': 2}
 
@@ -38,22 +35,6 @@ def test_training_beside_transformers_is_without_mtp():
   assert [row.split(':')[0] for row in rows[-3:]] == [
     'train', 'forward', 'peak memory',
   ]  # fmt: skip
-
-
-@pytest.mark.slow
-def test_decoding_with_and_without_drafts(tmp_path):
-  """By a model that is on disk, whose widths are not the preset's."""
-  model = support.model('v3', n_layers=2, vocab_size=400)
-  src = tmp_path / 'src'
-  support.write(src, model, support.random_tensors(model))
-  (src / 'tokenizer_config.json').unlink()
-  tokenizer = tokenizer_lib.Tokenizer.train(['def f(x):\n' * 9], 300)
-  tokenizer.save(src / 'tokenizer.json')
-  run.convert(src, tmp_path / 'run', 'jax', 'f32')
-  rows = _bench('--suite=decode', '--against=', f'--workdir={tmp_path / "run"}')
-  ours = [row for row in rows if row.startswith('| deepseek_jax')]
-  assert [', drafting' in row for row in ours] == [False, True] * 2
-  assert [row.endswith('% |') for row in ours] == [False, True] * 2
 
 
 def test_softmax_scores_are_v2s_class():
