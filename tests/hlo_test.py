@@ -85,6 +85,10 @@ class HloTest(parameterized.TestCase):
     ('replica_groups=[1,8]<=[8]', ('data', 'node', 'expert')),
     ('replica_groups={}', ('data', 'node', 'expert')),
     ('replica_groups=[8,1]<=[8]', None),
+    ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'c'}", ('expert',)),
+    ("replica_groups=mesh['a'=4,'b'=2] {'a'}", ('data', 'node')),
+    ("replica_groups=mesh['a'=8] {'a':(2)2}", ('node',)),
+    ("replica_groups=mesh['a'=8] {'a':(1)4}", ('data', 'node')),
   )
   def test_groups(self, groups, axes):
     text = (
@@ -95,6 +99,12 @@ class HloTest(parameterized.TestCase):
     )
     found = hlo.collectives(hlo.parse(text), _mesh_shape())
     self.assertEqual([c.axes for c in found], [] if axes is None else [axes])
+
+  def test_groups_in_an_unknown_form(self):
+    text = '  ROOT %r = f32[4]{0} all-reduce(%p), replica_groups=new(3)\n}\n'
+    text = 'ENTRY %main (p: f32[4]) -> f32[4] {\n' + text
+    with self.assertRaisesRegex(ValueError, r'not known: .*new\(3\)'):
+      hlo.collectives(hlo.parse(text), _mesh_shape())
 
   def test_an_asynchronous_exchange_and_an_open_loop(self):
     text = """\

