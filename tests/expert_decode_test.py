@@ -66,6 +66,15 @@ class ExpertFfnTest(parameterized.TestCase):
     out = jax.jit(expert_decode.expert_ffn)(x, *matrices, ids, gates)
     self.assertTrue(np.isfinite(out).all())
 
+  def test_empty_places_are_not_rows(self):
+    """Of 128 received, 9 are of experts: no other is read."""
+    x, *matrices, ids, gates = _case(128, 16)
+    ids = np.where(np.arange(128)[:, None] < 3, ids, 16)
+    for w in matrices:
+      w[np.setdiff1d(np.arange(16), ids)] = np.nan
+    out = jax.jit(expert_decode.expert_ffn)(x, *matrices, ids, gates)
+    self.assertTrue(np.isfinite(out).all())
+
   @parameterized.parameters(1, 70)
   def test_in_fp8_it_is_the_training_op_of_fp8(self, T):
     x, *matrices, ids, gates = _case(T, 16)

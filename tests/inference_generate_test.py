@@ -105,7 +105,7 @@ def test_a_seed_is_a_text(trained, greedy):
     ).tokens
 
   assert draw(0, 1.0) == draw(0, 1.0)
-  assert draw(0, 1.0) != draw(1, 1.0)
+  assert draw(0, 1.0) != draw(1, 1.0) != draw(2**32 - 1, 1.0)
   assert draw(0, 1e-6) == greedy  # The limit of a low temperature.
   assert draw(0, 5.0, top_k=1) == greedy
   assert draw(3, 5.0, top_p=1e-6) == greedy

@@ -148,7 +148,8 @@ def _begin(
   done = prefill_lib.prefill(
     model, variables, empty, prompts, window=max(M, 1), chunk=T
   )
-  rows = _first_rows(B, max_new_tokens, seed)
+  # A traced Python integer would have to be an int32.
+  rows = _first_rows(B, max_new_tokens, np.uint32(seed))
   rows, tokens = decode_lib.first(
     model,
     variables,

@@ -24,6 +24,8 @@ from deepseek_jax.ops.fp8_recipe import Recipe
 from deepseek_jax.ops.quantize import Quantized
 
 _MAX_BLOCK = 64
+# Rows of an expert, on average, from which on next to none is without.
+_LEAST = 2
 
 
 class _Blocks(NamedTuple):
@@ -49,10 +51,11 @@ def rows_abreast(n_rows: int, n_experts: int) -> int:
   """Rows of each expert that are taken side by side, a multiple of 8.
 
   Two standard deviations above the mean of `n_rows` drawn at random; none if
-  the mean is below two, for then too many experts are not chosen at all.
+  the mean is below `_LEAST`.
   """
   mean = n_rows / n_experts
-  return math.ceil((mean + 2 * math.sqrt(mean)) / 8) * 8 if mean >= 2 else 0
+  rows = math.ceil((mean + 2 * math.sqrt(mean)) / 8) * 8
+  return rows if mean >= _LEAST else 0
 
 
 def _starts(ids_R: jax.Array, n_experts: int) -> jax.Array:
@@ -62,7 +65,7 @@ def _starts(ids_R: jax.Array, n_experts: int) -> jax.Array:
 
 
 def _make_blocks(
-  ids_R: jax.Array, n_experts: int, size: int, skipped: int
+  ids_R: jax.Array, n_experts: int, size: int, skipped: jax.Array
 ) -> _Blocks:
   """All rows but the first `skipped` of each expert; `ids_R` is sorted."""
   R = ids_R.size
@@ -81,7 +84,7 @@ def _make_blocks(
 
 
 def _abreast(x_RD, gates_R1, ids_R, w1_EDF, w2_EFD, w3_EDF, n):
-  """The first `n` rows of each expert: [R, D], what is beyond undefined."""
+  """The first `n` rows of each expert: [R, D]; beyond them any, else zero."""
   R, E = ids_R.size, w1_EDF.shape[0]
   start_E = _starts(ids_R, E)[:-1]
   # Rows beyond an expert's last are computed in vain, and not read.
@@ -92,7 +95,7 @@ def _abreast(x_RD, gates_R1, ids_R, w1_EDF, w2_EFD, w3_EDF, n):
   out_END = _multiply(hidden.astype(x_RD.dtype), w2_EFD).astype(x_RD.dtype)
   expert_R = jnp.minimum(ids_R, E - 1)
   rank_R = jnp.minimum(jnp.arange(R) - start_E[expert_R], n - 1)
-  return out_END[expert_R, rank_R]
+  return jnp.where(ids_R[:, None] < E, out_END[expert_R, rank_R], 0)
 
 
 def expert_ffn(
@@ -124,8 +127,10 @@ def expert_ffn(
   quantized = any(isinstance(w, Quantized) for w in matrices)
   abreast = 0 if quantized else rows_abreast(T * K, E)
   ids = expert_ids_TK.reshape(-1)
+  # Of other ranks' rows most places may be empty.
+  is_full = (ids < E).sum() >= _LEAST * E
   order = jnp.argsort(ids, stable=True)
-  blocks = _make_blocks(ids[order], E, size, abreast)
+  blocks = _make_blocks(ids[order], E, size, jnp.where(is_full, abreast, 0))
   # The last block may run over the end.
   padded = jnp.pad(order, (0, size))
   sent = recipe.dispatch.quantize(x_TD).raw if recipe else x_TD
@@ -154,11 +159,13 @@ def expert_ffn(
     out = jnp.where(inside, out, cut(y, start))
     return lax.dynamic_update_slice_in_dim(y, out, start, 0)
 
+  y = jnp.zeros((padded.size, x_TD.shape[1]), dtype)
   if abreast:
-    y = _abreast(rows, gates, ids_R, *matrices, abreast)
-    y = jnp.where(ids_R[:, None] < E, y, 0)
-  else:
-    y = jnp.zeros((padded.size, x_TD.shape[1]), dtype)
+    y = lax.cond(
+      is_full,
+      lambda: _abreast(rows, gates, ids_R, *matrices, abreast),
+      lambda: y,
+    )
   y = lax.fori_loop(0, blocks.count, body, y)
   inverse = jnp.zeros_like(order).at[order].set(jnp.arange(T * K))
   return y[inverse.reshape(T, K)].sum(1)
