@@ -21,19 +21,17 @@ gap is the largest of the averaged training losses in the second half:
 | FP8, per tensor | 3 | 4.5704±0.0263 | +0.0239±0.0094 | 0.55%±0.21% |
 | FP8, per tensor, delayed | 3 | 4.5609±0.0138 | +0.0145±0.0071 | 0.36%±0.17% |
 
-Every weight here is one block of 128 x 128, and no row has a second tile: of
-V3's fine scales, those of single tokens are compared with one for all, and
-tiles along the tokens in weight gradients.  Sums are exact in every arm, so
-that nothing here is about promotion.
+Every weight here is one block of 128 x 128, no row has a second tile, and sums
+are exact: scales of single tokens are compared with one for all, and tiles
+along the tokens in weight gradients; nothing here is about promotion.
 
 The second arm is the control: the same arithmetic, gradients summed in halves,
 parts by 0.33 %; V3's recipe by no more.  No other arm is two standard errors
 beyond it: hours earlier, before sums elsewhere changed, FP8 had 0.53 % and
 Dgrad 128 x 128 0.30 %.  61,000 tokens (V3: 300B) decide between no two recipes:
-whole tensors, like bfloat16, lost some validation loss both times.  The arm of
-delayed scales ran once.  Gaps are to float32; the paper's are to BF16, which
-here strays as far itself.  The second arm was validated on half of the others'
-rows, for batches of validation were micro-batches then.  Not
+whole tensors, like bfloat16, lost some validation loss both times.  Delayed
+scales ran once.  Gaps are to float32; the paper's are to BF16, which here
+strays as far. The second arm was validated on half of the others' rows.  Not
 measured again since what is kept under powers of two is turned to such, and
 gradients have no least amax (LOG.md).
 """
