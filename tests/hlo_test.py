@@ -87,6 +87,10 @@ class HloTest(parameterized.TestCase):
     ('replica_groups=[8,1]<=[8]', None),
     ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'c'}", ('expert',)),
     ("replica_groups=mesh['a'=4,'b'=2] {'a'}", ('data', 'node')),
+    (
+      "replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b'}",
+      ('node', 'expert'),
+    ),
     ("replica_groups=mesh['a'=8] {'a':(2)2}", ('node',)),
     ("replica_groups=mesh['a'=8] {'a':(1)4}", ('data', 'node')),
   )

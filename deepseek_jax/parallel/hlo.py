@@ -296,13 +296,13 @@ def _groups(instruction, sizes) -> list[list[int]]:
     r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text
   )
   if iota:
-    shape, dims, order = (
-      [int(n) for n in (part or '').split(',') if n] for part in iota.groups()
-    )
-    flat = list(_iota(dims, order or list(range(len(dims)))))
+    shape, dims, order = map(_numbers, iota.groups())
+    flat = list(_iota(dims, order))
     size = shape[-1]
     return [flat[i : i + size] for i in range(0, len(flat), size)]
-  named = re.search(r'replica_groups=mesh\[(.*?)\] \{(.*?)\}', text)
+  named = re.search(
+    r'replica_groups=mesh\[(.*?)\](?:, device_ids=\((\S+)\))? \{(.*?)\}', text
+  )
   if named:
     return _along(*named.groups())
   listed = re.search(r'replica_groups=\{(.*?\})\}', text)
@@ -313,16 +313,23 @@ def _groups(instruction, sizes) -> list[list[int]]:
   return [list(range(math.prod(sizes)))]
 
 
-def _along(mesh: str, axes: str) -> list[list[int]]:
+def _along(mesh: str, ids: str | None, axes: str) -> list[list[int]]:
   """Devices that differ in `axes` only, as `'a','b':(2)4`, of `'a'=2,'b'=8`.
 
   `(2)4` is the second of an axis' parts, 4 devices, after a first one of 2.
+  `ids`, as `[2,8]T(1,0)`, are the mesh's devices, in its own order if None.
   """
   sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", mesh)}
   parts = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes)
+  devices = range(math.prod(sizes.values()))
+  if ids:
+    listed = re.fullmatch(r'\[([\d,]+)\](?:T\(([\d,]+)\))?', ids)
+    if not listed:
+      raise ValueError(f'device_ids in a form that is not known: {ids}')
+    devices = list(_iota(*map(_numbers, listed.groups())))
   groups = defaultdict(list)
-  for device in range(math.prod(sizes.values())):
-    place = dict(zip(sizes, _coordinates(device, list(sizes.values()))))
+  for i, device in enumerate(devices):
+    place = dict(zip(sizes, _coordinates(i, list(sizes.values()))))
     for name, before, size in parts:
       size = int(size or sizes[name])
       stride = sizes[name] // (int(before or 1) * size)
@@ -333,11 +340,16 @@ def _along(mesh: str, axes: str) -> list[list[int]]:
 
 def _braces(text: str) -> list[list[int]]:
   groups = re.findall(r'\{([\d,]*)\}', text)
-  return [[int(n) for n in group.split(',') if n] for group in groups]
+  return [_numbers(group) for group in groups]
+
+
+def _numbers(text: str | None) -> list[int]:
+  return [int(n) for n in (text or '').split(',') if n]
 
 
 def _iota(dims: list[int], order: list[int]) -> Iterator[int]:
-  """0, 1, 2, ... as an array of `dims`, transposed, flat."""
+  """0, 1, 2, ... as an array of `dims`, transposed by `order` if any; flat."""
+  order = order or list(range(len(dims)))
   strides = [math.prod(dims[i + 1 :]) for i in range(len(dims))]
   total = math.prod(dims)
   for flat in range(total):
