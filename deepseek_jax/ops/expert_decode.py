@@ -58,44 +58,34 @@ def rows_abreast(n_rows: int, n_experts: int) -> int:
   return rows if mean >= _LEAST else 0
 
 
-def _starts(ids_R: jax.Array, n_experts: int) -> jax.Array:
-  """First row of each expert, and the end of the last; `ids_R` is sorted."""
-  sizes_E = (ids_R[:, None] == jnp.arange(n_experts)).sum(0, dtype=jnp.int32)
-  return jnp.pad(jnp.cumsum(sizes_E), (1, 0))
-
-
 def _make_blocks(
-  ids_R: jax.Array, n_experts: int, size: int, skipped: jax.Array
+  ids_R: jax.Array, starts: jax.Array, size: int, skipped: jax.Array
 ) -> _Blocks:
   """All rows but the first `skipped` of each expert; `ids_R` is sorted."""
-  R = ids_R.size
+  R, E = ids_R.size, starts.size - 1
   if size == 1:
-    count = (ids_R < n_experts).sum(dtype=jnp.int32)
-    return _Blocks(ids_R, jnp.arange(R), count)
-  starts = _starts(ids_R, n_experts)
+    return _Blocks(ids_R, jnp.arange(R), (ids_R < E).sum(dtype=jnp.int32))
   first_E = starts[:-1] + skipped
   blocks_E = jnp.maximum(-(-(starts[1:] - first_E) // size), 0)
   last_E = jnp.cumsum(blocks_E)
-  index = jnp.arange(min(R, R // size + n_experts), dtype=jnp.int32)
+  index = jnp.arange(min(R, R // size + E), dtype=jnp.int32)
   expert = (index[:, None] >= last_E).sum(1, dtype=jnp.int32)
-  expert = jnp.minimum(expert, n_experts - 1)
+  expert = jnp.minimum(expert, E - 1)
   within = index - (last_E - blocks_E)[expert]
   return _Blocks(expert, first_E[expert] + within * size, last_E[-1])
 
 
-def _abreast(x_RD, gates_R1, ids_R, w1_EDF, w2_EFD, w3_EDF, n):
+def _abreast(x_RD, gates_R1, ids_R, starts, w1_EDF, w2_EFD, w3_EDF, n):
   """The first `n` rows of each expert: [R, D]; beyond them any, else zero."""
-  R, E = ids_R.size, w1_EDF.shape[0]
-  start_E = _starts(ids_R, E)[:-1]
+  R, E = ids_R.size, starts.size - 1
   # Rows beyond an expert's last are computed in vain, and not read.
-  rows_EN = jnp.minimum(start_E[:, None] + jnp.arange(n), R - 1)
-  x_END = x_RD[rows_EN]
-  hidden = jax.nn.silu(_multiply(x_END, w1_EDF)) * _multiply(x_END, w3_EDF)
-  hidden *= gates_R1[rows_EN]
-  out_END = _multiply(hidden.astype(x_RD.dtype), w2_EFD).astype(x_RD.dtype)
+  rows_EN = jnp.minimum(starts[:-1, None] + jnp.arange(n), R - 1)
+  x_END, gates_EN1, dtype = x_RD[rows_EN], gates_R1[rows_EN], x_RD.dtype
+  out_END = _network(x_END, gates_EN1, w1_EDF, w2_EFD, w3_EDF, _multiply, dtype)
   expert_R = jnp.minimum(ids_R, E - 1)
-  rank_R = jnp.minimum(jnp.arange(R) - start_E[expert_R], n - 1)
-  return jnp.where(ids_R[:, None] < E, out_END[expert_R, rank_R], 0)
+  rank_R = jnp.minimum(jnp.arange(R) - starts[expert_R], n - 1)
+  out_RD = out_END[expert_R, rank_R].astype(dtype)
+  return jnp.where(ids_R[:, None] < E, out_RD, 0)
 
 
 def expert_ffn(
@@ -127,10 +117,13 @@ def expert_ffn(
   quantized = any(isinstance(w, Quantized) for w in matrices)
   abreast = 0 if quantized else rows_abreast(T * K, E)
   ids = expert_ids_TK.reshape(-1)
-  # Of other ranks' rows most places may be empty.
-  is_full = (ids < E).sum() >= _LEAST * E
   order = jnp.argsort(ids, stable=True)
-  blocks = _make_blocks(ids[order], E, size, jnp.where(is_full, abreast, 0))
+  sizes_E = (ids[:, None] == jnp.arange(E)).sum(0, dtype=jnp.int32)
+  starts = jnp.pad(jnp.cumsum(sizes_E), (1, 0))  # And the end of the last.
+  # Of other ranks' rows most places may be empty.
+  is_full = starts[-1] >= _LEAST * E
+  skipped = jnp.where(is_full, abreast, 0)
+  blocks = _make_blocks(ids[order], starts, size, skipped)
   # The last block may run over the end.
   padded = jnp.pad(order, (0, size))
   sent = recipe.dispatch.quantize(x_TD).raw if recipe else x_TD
@@ -153,22 +146,26 @@ def expert_ffn(
     if recipe:
       multiply = functools.partial(_multiply_fp8, recipe, inside, dtype=dtype)
     x = cut(rows, start)
-    hidden = jax.nn.silu(multiply(x, w1)) * multiply(x, w3)
-    hidden *= cut(gates, start)
-    out = multiply(hidden.astype(dtype), w2).astype(dtype)
-    out = jnp.where(inside, out, cut(y, start))
+    out = _network(x, cut(gates, start), w1, w2, w3, multiply, dtype)
+    out = jnp.where(inside, out.astype(dtype), cut(y, start))
     return lax.dynamic_update_slice_in_dim(y, out, start, 0)
 
   y = jnp.zeros((padded.size, x_TD.shape[1]), dtype)
   if abreast:
     y = lax.cond(
       is_full,
-      lambda: _abreast(rows, gates, ids_R, *matrices, abreast),
+      lambda: _abreast(rows, gates, ids_R, starts, *matrices, abreast),
       lambda: y,
     )
   y = lax.fori_loop(0, blocks.count, body, y)
   inverse = jnp.zeros_like(order).at[order].set(jnp.arange(T * K))
   return y[inverse.reshape(T, K)].sum(1)
+
+
+def _network(x, gates, w1, w2, w3, multiply, dtype):
+  """Rows of one expert, or some of each: float32, with hidden ones in dtype."""
+  hidden = jax.nn.silu(multiply(x, w1)) * multiply(x, w3) * gates
+  return multiply(hidden.astype(dtype), w2)
 
 
 def _multiply(x, w):
