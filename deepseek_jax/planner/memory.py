@@ -146,9 +146,13 @@ def on_device(held: Held, parallel: ParallelConfig) -> float:
 
   A pipeline's rank has its layers whole: FSDP divides what it stores alone.
   """
-  parts = parallel.node * parallel.expert
-  whole = held.other + held.routed / parts
+  whole = _whole(held, parallel)
   return whole if parallel.stage > 1 else whole / parallel.fsdp
+
+
+def _whole(held, parallel):
+  """Parameters of `held` beside those of other devices' experts."""
+  return held.other + held.routed / (parallel.node * parallel.expert)
 
 
 def stored_on_device(config: Config) -> float:
@@ -161,6 +165,4 @@ def stored_on_device(config: Config) -> float:
   whole = placement.held(model, placement.stages(model, 1))
   if parallel.zero1:
     return sum(whole) / parallel.n_devices
-  parts = parallel.node * parallel.expert
-  stored = whole.other + whole.routed / parts
-  return stored / parallel.fsdp / parallel.stage
+  return _whole(whole, parallel) / parallel.fsdp / parallel.stage
