@@ -60,6 +60,17 @@ def _samples(fmt) -> np.ndarray:
 
 
 class FormatsTest(parameterized.TestCase):
+  def test_powers_of_two_as_a_byte(self):
+    """All of float32's normal ones; ml_dtypes has the format, too."""
+    powers = np.ldexp(np.float32(1), np.arange(-126, 128))
+    bad = np.float32([np.inf, np.nan, -np.nan])
+    codes = jax.jit(formats.encode_e8m0)(np.concatenate([powers, bad]))
+    library = powers.astype(ml_dtypes.float8_e8m0fnu).view(np.uint8)
+    np.testing.assert_array_equal(codes, [*library, 255, 255, 255])
+    again = jax.jit(formats.decode_e8m0)(codes)
+    np.testing.assert_array_equal(again, [*powers, *[np.nan] * 3])
+    self.assertEqual(formats.decode_e8m0(jnp.uint8(0)), 0)
+
   @parameterized.parameters('e4m3', 'e5m2', 'e5m6', 'e3m4', 'e2m1', 'e4m7fn')
   def test_rounds_to_the_nearest(self, name):
     fmt = formats.parse(name)

@@ -8,6 +8,7 @@ token's rows are summed in another order, which brings a code or two of
 attention's gradients, and so of the embedding's, to the other side of a tie.
 """
 
+import collections
 import functools
 
 import jax
@@ -121,14 +122,16 @@ class Fp8LayoutTest(parameterized.TestCase):
     found = hlo.collectives(
       hlo.parse(_program(layout).as_text()), where.mesh.shape
     )
-    # What is smaller are scales, gate weights and counts.
-    rows = [c for c in found if c.kind == 'all-to-all' and c.payload >= 2**13]
-    moved = {'u8': 0, 'f32': 0}
-    for c in rows:
-      (dtype,) = c.dtypes
-      moved[dtype] += c.payload * c.times
-    self.assertGreater(moved['u8'], 0)
-    self.assertEqual(4 * moved['u8'], moved['f32'])
+    # What is smaller are scales, a byte for each row, gate weights and counts.
+    moved = collections.Counter()
+    for c in found:
+      if c.kind == 'all-to-all':
+        (dtype,) = c.dtypes
+        moved[dtype, c.payload >= 2**13] += c.payload * c.times
+    self.assertGreater(moved['u8', True], 0)
+    self.assertEqual(4 * moved['u8', True], moved['f32', True])
+    dim = _config(layout).model.dim
+    self.assertEqual(dim * moved['u8', False], moved['u8', True])
 
   def _assert_same(self, actual, expected, rung=tolerances.COMPONENT_PARITY):
     """`rung`: of the gradients of attention and before it."""

@@ -96,12 +96,18 @@ class PublishedLayoutTest(parameterized.TestCase):
       t for t in communication.expert_traffic(self.config) if t.axis == 'node'
     ]
     seconds = {t.what: communication.lower_bound([t], h800) for t in node}
-    self.assertAlmostEqual(seconds['dispatch'], 4096 * 3.5 * 7392 / 50e9)
+    self.assertAlmostEqual(seconds['dispatch'], 4096 * 3.5 * 7224 / 50e9)
     self.assertAlmostEqual(seconds['combine'], 4096 * 3.5 * 14336 / 50e9)
     self.assertEqual(
       {what: round(s * 1e3, 1) for what, s in seconds.items()},
       {'dispatch': 2.1, 'combine': 4.1},
     )
+
+  def test_a_token_that_is_dispatched_has_a_byte_for_each_scale(self):
+    for scale, size in (('ceil', 1), ('floor', 1), ('float32', 4)):
+      config = _v3(**{'precision.fp8.turned_scale': scale})
+      sizes = communication.token_bytes(config)
+      self.assertEqual(sizes, (7168 + size * 56, 2 * 7168))
 
   def test_activations_follow_the_schedule(self):
     """PP + 1 micro-batches of four MoE layers (V3 table 2)."""

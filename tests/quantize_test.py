@@ -188,6 +188,15 @@ class QuantizeTest(parameterized.TestCase):
     self.assertEqual((again.tile, again.fmt), (q.tile, q.fmt))
     self.assertEqual(q.nbytes, 4 * 200 + 4 * 2 * 4)
 
+  def test_scales_of_powers_of_two_need_a_byte(self):
+    x = jnp.asarray(_draw(4, 200)).at[0, 3].set(jnp.nan).at[1, 3].set(jnp.inf)
+    x = x.at[2].set(0)
+    for least in (quantize.MIN_AMAX, quantize.GRADIENT_MIN_AMAX):
+      how = {'scale': 'ceil', 'min_amax': least}
+      q = quantize.quantize(x, quantize.ROW_TILE, **how)
+      self.assertEqual(q.narrow.nbytes, 4 * 200 + 4 * 2)
+      np.testing.assert_array_equal(q.narrow.dequantize(), q.dequantize())
+
   def test_is_divided_saved_and_read_again(self):
     q = quantize.quantize(jnp.asarray(_draw(16, 256)), quantize.ROW_TILE)
     mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))

@@ -192,6 +192,22 @@ def decode(codes: jax.Array, fmt: Format) -> jax.Array:
   return jnp.where(codes >> (fmt.bits - 1) == 1, -value, value)
 
 
+def encode_e8m0(x: jax.Array) -> jax.Array:
+  """Powers of two as uint8, the exponents of float32: the OCP format E8M0.
+
+  Args:
+    x: float32, positive normal powers of two; infinity becomes NaN.
+  """
+  bits = lax.bitcast_convert_type(x, jnp.int32)
+  return ((bits >> 23) & 0xFF).astype(jnp.uint8)
+
+
+def decode_e8m0(codes: jax.Array) -> jax.Array:
+  """The float32 numbers that `encode_e8m0` stored; a 0, which is none, as 0."""
+  value = _power_of_two(codes.astype(jnp.int32) - 127)
+  return jnp.where(codes == 0xFF, jnp.nan, value)
+
+
 def ceil_power_of_two(x: jax.Array) -> jax.Array:
   """2^ceil(log2 x) of positive normal float32; NaN and infinity stay."""
   exponent = _exponent(x)

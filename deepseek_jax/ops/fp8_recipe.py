@@ -38,6 +38,11 @@ class Kept:
   scale: str = 'float32'
   min_amax: float = quantize.MIN_AMAX
 
+  def message(self, x: jax.Array) -> quantize.Quantized:
+    """`quantize`d, in as few bytes as can be; `dequantize` reads it."""
+    q = self.quantize(x).raw
+    return q if self.scale == 'float32' else q.narrow
+
   def quantize(self, x: jax.Array) -> quantize.Quantized:
     """`x` [..., I, J] in this form."""
     how = self.fmt, self.scale

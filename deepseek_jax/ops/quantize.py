@@ -47,8 +47,8 @@ class Quantized:
 
   Attributes:
     codes: [..., I, J] in `fmt.dtype`, or integers of the same bits.
-    scales: float32 [..., ceil(I / rows), ceil(J / columns)].  Those of a weight
-      with heads are of its matrix: see `matrix`.
+    scales: float32 [..., ceil(I / rows), ceil(J / columns)], or E8M0: see
+      `narrow`.  Those of a weight with heads are of its matrix: see `matrix`.
     tile: (rows, columns) that share a scale; 0 is the whole extent.
     fmt: of the codes.
   """
@@ -66,7 +66,7 @@ class Quantized:
   @property
   def nbytes(self) -> float:
     """Bytes of codes, as many bits as the format has, and of scales."""
-    return self.codes.size * self.fmt.bits / 8 + self.scales.size * 4
+    return self.codes.size * self.fmt.bits / 8 + self.scales.nbytes
 
   @property
   def raw(self) -> 'Quantized':
@@ -80,6 +80,11 @@ class Quantized:
     codes = jax.lax.bitcast_convert_type(self.codes, jnp.uint8)
     return dataclasses.replace(self, codes=codes)
 
+  @property
+  def narrow(self) -> 'Quantized':
+    """The same with a byte a scale, to be sent; they are powers of two."""
+    return dataclasses.replace(self, scales=formats.encode_e8m0(self.scales))
+
   def matrix(self, rows: int) -> 'Quantized':
     """[rows, J], of a weight [*in, *out] whose heads are split."""
     return dataclasses.replace(self, codes=self.codes.reshape(rows, -1))
@@ -91,8 +96,10 @@ class Quantized:
 
   def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
     """`codes * scales` in float32, rounded once to `dtype`."""
-    values = formats.decode(self.codes, self.fmt)
-    return (values * expand(self.scales, self.tile, self.shape)).astype(dtype)
+    values, scales = formats.decode(self.codes, self.fmt), self.scales
+    if scales.dtype == jnp.uint8:
+      scales = formats.decode_e8m0(scales)
+    return (values * expand(scales, self.tile, self.shape)).astype(dtype)
 
 
 @functools.partial(

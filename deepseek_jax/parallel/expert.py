@@ -348,7 +348,7 @@ def _out(x_TD: jax.Array, hops: Route, index: Any, kept: Any) -> jax.Array:
   """Rows to their experts, quantised once for all hops."""
   x = x_TD
   if kept:
-    x = kept.quantize(x).raw
+    x = kept.message(x)
   with jax.named_scope(turns.SCOPE):
     for hop in hops[:-1]:
       x = push(x, hop, 0)
