@@ -11,7 +11,7 @@ import pytest
 
 from deepseek_jax import config as config_lib
 from deepseek_jax import presets
-from deepseek_jax.training import process
+from deepseek_jax.training import checkpoint, process
 from experiments import launch
 
 # Runs a program with 256 MB of temporary memory over and over; prints the page
@@ -63,6 +63,39 @@ def test_a_cache_that_jax_has_is_kept(tmp_path):
   config = config_lib.replace(presets.tiny(), {'data.cache_dir': str(tmp_path)})
   process.use_compilation_cache(config)
   assert jax.config.jax_compilation_cache_dir == before
+
+
+def _out_of_memory():
+  return jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')
+
+
+def _failed_barrier():
+  error = TimeoutError('waiting for a barrier')  # As orbax raises it.
+  error.__cause__ = jax.errors.JaxRuntimeError('INTERNAL: Barrier failed')
+  return error
+
+
+@pytest.mark.parametrize(
+  'error, is_lost',
+  [
+    (jax.errors.JaxRuntimeError('UNKNOWN: Gloo all-to-all failed'), True),
+    (_failed_barrier(), True),
+    (_out_of_memory(), False),
+    (ValueError('a flag'), False),
+  ],
+)
+def test_who_has_lost_another_waits_for_no_save(
+  error, is_lost, tmp_path, monkeypatch
+):
+  saver = checkpoint.Checkpointer(tmp_path, presets.tiny())
+  closed = []
+  monkeypatch.setattr(saver, 'close', lambda: closed.append(True))
+  for count in (1, 2):
+    monkeypatch.setattr(jax, 'process_count', lambda count=count: count)
+    with pytest.raises(type(error)), saver:
+      raise error
+  assert len(closed) == (1 if is_lost else 2)
+  assert not process.lost_another(None)
 
 
 def _two(port):

@@ -117,8 +117,10 @@ class Checkpointer:
   def __enter__(self):
     return self
 
-  def __exit__(self, *_):
-    self.close()
+  def __exit__(self, kind, error, *_):
+    # A save that waits for a process which has gone is never complete.
+    if not process.lost_another(error):
+      self.close()
 
   def latest_step(self) -> int | None:
     """Step of the newest checkpoint, saved or being saved; None without one."""

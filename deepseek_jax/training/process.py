@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import pathlib
+import signal
 import socket
 import sys
 import threading
@@ -74,6 +75,9 @@ def join(config: config_lib.ParallelConfig) -> None:
   finally:
     for timer in timers:
       timer.cancel()
+  if threading.current_thread() is threading.main_thread():
+    # Where another process is gone JAX says so and aborts: no stacks after it.
+    signal.signal(signal.SIGABRT, signal.SIG_DFL)
   if jax.default_backend() == 'cpu':
     # There JAX finds the first process's kept programs only: it would come to
     # its first collective while the others compile, and gloo waits for 30 s.
@@ -183,6 +187,17 @@ def check_flags(workdir: str, leaves: Mapping[str, Any]) -> None:
   check_same({'workdir': workdir, **common})
 
 
+def lost_another(error: BaseException | None) -> bool:
+  """Whether `error` says that another process has gone, by all we know.
+
+  A collective or a barrier fails without it; not so a lack of memory.
+  """
+  while error and not isinstance(error, jax.errors.JaxRuntimeError):
+    error = error.__cause__
+  is_full = str(error).startswith('RESOURCE_EXHAUSTED')
+  return jax.process_count() > 1 and error is not None and not is_full
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
   """Ends this process at once if the body fails, so that no other waits for it.
@@ -197,7 +212,7 @@ def together() -> Iterator[None]:
       raise
     who = f'process {jax.process_index()} of {jax.process_count()}'
     notes = ''.join(f'\n{note}' for note in getattr(error, '__notes__', ()))
-    if isinstance(error, jax.errors.JaxRuntimeError) and not notes:
+    if lost_another(error) and not notes:
       text = (
         f'{who} lost another one, whose own last lines say why.  All end; the '
         f'same command goes on from the newest checkpoint.\n{error}'
