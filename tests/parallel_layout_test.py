@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from deepseek_jax import config as config_lib
 from deepseek_jax import presets
 from deepseek_jax.inference import weights
+from deepseek_jax.parallel import rules
 from deepseek_jax.training import (
   checkpoint,
   ema,
@@ -176,18 +177,19 @@ class FullSizeTest(parameterized.TestCase):
     config = config_lib.replace(
       presets.PRESETS[preset](),
       {
-        **{f'parallel.{k}': 2 for k in ('data', 'fsdp', 'expert')},
+        **{f'parallel.{k}': 2 for k in rules.BATCH},
         'parallel.zero1': True,
-        'data.batch_size': 8,
+        'data.batch_size': 16,
         'data.batch_size_start': 0,
         'train.micro_batch_size': 0,
       },
     )
     model = step.build_model(config)
     tx = optimizer.adamw(config.optim, config.precision)
-    where = step.make_layout(model, config)
+    devices = jax.devices() * 2  # They are named, not used.
+    where = step.layout_lib.make(step.declare(model), config, devices)
     state = step.abstract_state(model, tx, where)
-    shape = (1, 8, config.data.seq_len + 1)
+    shape = (1, 16, config.data.seq_len + 1)
     tokens = jax.ShapeDtypeStruct(shape, np.int32)
     batch = {'tokens': tokens, 'segments': tokens}
     hyper = schedules.Schedule(config).at(0)
