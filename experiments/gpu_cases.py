@@ -15,6 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.kernels import (
+  experts,
+  fp8,
+  fp8_experts,
   fp8_matmul,
   grouped,
   mla_attention,
@@ -23,7 +26,7 @@ from deepseek_jax.kernels import (
   quantize,
   turn,
 )
-from deepseek_jax.ops import attention, fused_quantize
+from deepseek_jax.ops import attention, fp8_recipe, fused_quantize
 from deepseek_jax.ops import grouped as grouped_reference
 from deepseek_jax.ops import quantize as reference
 from deepseek_jax.ops.quantize import (
@@ -68,7 +71,8 @@ class Case(NamedTuple):
     flops: of one call; 0: the bytes are what counts.
     bytes: moved at least; 0: they do not count.
     others: name -> function of the operands, for timing beside XLA's.
-    torch: the same, of torch's tensors, one for each array of the operands.
+    torch: a tensor for each array of the operands, codes as bytes -> a call of
+      what torch has; what comes before the call is not timed.
     view: what of a result is compared; rows without a token are undefined.
     distance: of a result and the truth, array by array.
   """
@@ -104,6 +108,7 @@ def all_cases(small: bool) -> Iterator[Case]:
     shapes = (8192, 8, 8, 7168, 2048), (8192, 6, 64, 2048, 1408)
   for shape in shapes:
     yield from _experts(*shape)
+    yield from _compositions(*shape)
   shapes = (1, 256, 2, 64, 64, False), (1, 200, 2, 64, 64, True)
   if not small:  # V3's, then V2-Lite's heads with a ragged length.
     shapes = (1, 4096, 128, 192, 128, False), (2, 4000, 16, 192, 128, True)
@@ -132,6 +137,20 @@ def _positive(*shape, seed=0):
 
 def _values(q):
   return q.dequantize()
+
+
+def _turning(f, *which):
+  """`f`, given operands `which` as they lie, along K; it gets their mT.
+
+  An FP8 kernel reads them so.  Turned outside of what is timed, they would be
+  turned back within it.
+  """
+
+  def run(*operands, **how):
+    turned = (x.mT if i in which else x for i, x in enumerate(operands))
+    return f(*turned, **how)
+
+  return run
 
 
 def _rows(T, D):
@@ -206,6 +225,33 @@ def _scaled_dot(a, b):
   )  # fmt: skip
 
 
+def _torch_scaled(a, a_scales, b, b_scales):
+  """cuBLAS with scales of 128 along K, laid out as torch's checks ask for.
+
+  The first axis lies together, and is padded to four where it is of blocks.
+  """
+  import torch
+  from torch.nn import functional
+
+  a, b = (v.view(torch.float8_e4m3fn) for v in (a, b))
+  has_blocks = b_scales.shape[0] < b.shape[0]
+  a_scales = a_scales.T.contiguous().T
+  if has_blocks:
+    missing = -b_scales.shape[1] % 4
+    b_scales = functional.pad(b_scales, (0, missing)).contiguous().T
+  else:
+    b_scales = b_scales.T.contiguous().T
+
+  def call():
+    kinds = functional.ScalingType
+    return functional.scaled_mm(
+      a, b.T, a_scales, kinds.BlockWise1x128, b_scales,
+      kinds.BlockWise128x128 if has_blocks else kinds.BlockWise1x128,
+    )  # fmt: skip
+
+  return call
+
+
 def _products(M, N, K):
   """Fprop and Dgrad, then Wgrad, of one matrix."""
 
@@ -219,17 +265,20 @@ def _products(M, N, K):
 
     def make(tile=tile):
       b = reference.quantize(_positive(N, K, seed=1), tile[::-1])
-      return reference.quantize(_positive(M, K), ROW_TILE), b.mT
+      return reference.quantize(_positive(M, K), ROW_TILE), b
 
     run = functools.partial(fp8_matmul.dot, dtype=dtype)
+    others = {
+      'dequantise, cuBLAS bf16': _cublas,
+      'cuBLAS fp8, no scales': _cublas_fp8,
+      'lax.scaled_dot': _scaled_dot,
+    }
     yield Case(
-      f'{name} {M}x{N}x{K}', make, run, truth, error, flops=2.0 * M * N * K,
+      f'{name} {M}x{N}x{K}', make, _turning(run, 1), _turning(truth, 1), error,
+      flops=2.0 * M * N * K,
       bytes=M * K + N * K + M * N * jnp.dtype(dtype).itemsize,
-      others={
-        'dequantise, cuBLAS bf16': _cublas,
-        'cuBLAS fp8, no scales': _cublas_fp8,
-        'lax.scaled_dot': _scaled_dot,
-      },
+      others={other: _turning(f, 1) for other, f in others.items()},
+      torch=_torch_scaled,
     )  # fmt: skip
 
 
@@ -237,9 +286,7 @@ def _experts(T, K, E, D, F):
   """Products of rows grouped by expert, and what brings the rows there."""
 
   def layout():
-    weights = np.linspace(0.5, 1.5, E)  # Ragged, as a router's choices are.
-    ids = np.random.default_rng(0).choice(E, (T, K), p=weights / weights.sum())
-    return grouped_reference.lay_out(jnp.asarray(ids, jnp.int32), E)
+    return grouped_reference.lay_out(_routing(T, K, E), E)
 
   def make():
     x = grouped_reference.permute(_positive(T, D), layout())
@@ -261,6 +308,13 @@ def _experts(T, K, E, D, F):
     _ROUNDED,
     bytes=2.0 * (rows + T) * D,
   )  # fmt: skip
+
+
+def _routing(T, K, E):
+  """Expert ids [T, K], ragged as a router's choices are."""
+  weights = np.linspace(0.5, 1.5, E)
+  ids = np.random.default_rng(0).choice(E, (T, K), p=weights / weights.sum())
+  return jnp.asarray(ids, jnp.int32)
 
 
 def _turned(make):
@@ -319,12 +373,12 @@ def _bf16_experts(make, shape, flops):
 def _fp8_experts(make, shape, flops):
   """The same three, of codes and scales."""
 
-  def fp8(tile, source):
+  def quantized(tile, source):
     a, b, groups = source(make)
     if tile == ROW_TILE:
-      w = reference.quantize(b.mT, SQUARE_TILE).mT
+      w = reference.quantize(b.mT, SQUARE_TILE)
       return reference.quantize(a, ROW_TILE), w, groups
-    return *(reference.quantize(v.mT, ROW_TILE).mT for v in (a, b)), groups
+    return *(reference.quantize(v.mT, ROW_TILE) for v in (a, b)), groups
 
   def of_values(f):
     return lambda a, b, groups: f(
@@ -339,10 +393,65 @@ def _fp8_experts(make, shape, flops):
     ('grouped fp8 wgrad', grouped.fp8_outer, grouped.outer, COLUMN_TILE, _pair,
      1e-3, lambda y, *_: y),
   ):  # fmt: skip
+    lying = (1,) if tile == ROW_TILE else (0, 1)
     yield Case(
-      f'{name} {shape}', functools.partial(fp8, tile, source), f,
-      of_values(plain), error, flops=flops, view=view,
+      f'{name} {shape}', functools.partial(quantized, tile, source),
+      _turning(f, *lying), _turning(of_values(plain), *lying), error,
+      flops=flops, view=view,
     )  # fmt: skip
+
+
+def _compositions(T, K, E, D, F):
+  """All that experts do, forward and backward, beside XLA's loop over blocks.
+
+  In FP8 the loop is the truth, too: nothing else rounds as it does.
+  """
+
+  def fp8_ffn(*operands, implementation=None):
+    steps = fp8.steps('xla' if implementation == 'xla' else 'auto')
+    return fp8_experts.expert_ffn(
+      *operands, fp8_recipe.Recipe(steps=steps), implementation
+    )
+
+  def in_float32(x, w1, w2, w3, *routing):
+    operands = (v.astype(F32) for v in (x, w1, w2, w3))
+    return experts.expert_ffn(*operands, *routing, implementation='xla')
+
+  def make(dtype):
+    ids, weights = _routing(T, K, E), jnp.abs(_draw(T, K, seed=4, dtype=F32))
+    shapes = (E, D, F), (E, F, D), (E, D, F)
+    ws = (
+      (_draw(*shape, seed=i) * shape[1] ** -0.5).astype(dtype)
+      for i, shape in enumerate(shapes, 1)
+    )
+    return _draw(T, D), *ws, ids, weights
+
+  def backward(f):
+    def run(dy, x, w1, w2, w3, ids, weights, **how):
+      def forward(x, w1, w2, w3, weights):
+        return f(x, w1, w2, w3, ids, weights, **how).astype(F32)
+
+      _, vjp = jax.vjp(forward, x, w1, w2, w3, weights)
+      return vjp(dy.astype(F32))
+
+    return run
+
+  loop = functools.partial(fp8_ffn, implementation='xla')
+  for name, f, truth, dtype in (
+    ('experts', experts.expert_ffn, in_float32, BF16),
+    ('fp8_experts', fp8_ffn, loop, F32),
+  ):
+    operands = functools.partial(make, dtype)
+    shape, flops = f'{T * K}x{D}x{F} of {E}', 6.0 * T * K * D * F
+    yield Case(f'{name} {shape}', operands, f, truth, 2e-2, flops=flops)
+    yield Case(
+      f'{name} with backward {shape}',
+      lambda operands=operands: (_draw(T, D, seed=5), *operands()),
+      backward(f),
+      backward(truth),
+      2e-2,
+      flops=3 * flops,
+    )
 
 
 def _sizes(groups):
@@ -453,8 +562,12 @@ def _torch_causal(*operands):
   from torch.nn import functional
 
   q, k, v = (x.transpose(1, 2) for x in operands)
-  out = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-  return out.transpose(1, 2)
+
+  def call():
+    out = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return out.transpose(1, 2)
+
+  return call
 
 
 def _decode(B, N, S):

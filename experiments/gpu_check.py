@@ -267,7 +267,7 @@ def _ceilings(small):
   }
   has_torch = _has_torch()
   if has_torch:
-    candidates['torch'] = _in_torch(lambda a, b: a @ b, (a, b))
+    candidates['torch'] = _in_torch(lambda a, b: lambda: a @ b, (a, b))
   seconds = _medians(candidates)
   flops, moved = 2 * n**3 / seconds['bf16'], 2 * x.nbytes / seconds['copy']
   print(
@@ -287,16 +287,29 @@ def _has_torch():
   return torch.cuda.is_available()
 
 
-def _in_torch(f, operands):
-  """`f` of the same memory, as torch sees it."""
-  import jax
+def _in_torch(prepare, operands):
+  """The call that `prepare` gives, of the same memory, as torch sees it."""
   import torch
 
   def wait(_):
     torch.cuda.synchronize()
 
-  leaves = [torch.from_dlpack(x) for x in jax.tree.leaves(operands)]
-  return Candidate(functools.partial(f, *leaves), wait)
+  return Candidate(prepare(*_torch_leaves(operands)), wait)
+
+
+def _torch_leaves(operands):
+  """A tensor for each array; codes, which DLPack may not know, as bytes."""
+  import jax
+  import torch
+
+  from deepseek_jax.ops import quantize
+
+  operands = jax.tree.map(
+    lambda x: x.raw if isinstance(x, quantize.Quantized) else x,
+    operands,
+    is_leaf=quantize.is_leaf,
+  )
+  return [torch.from_dlpack(x) for x in jax.tree.leaves(operands)]
 
 
 def _time(case, ceilings):

@@ -9,12 +9,13 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from torch.nn import functional
 
 from deepseek_jax.kernels import mosaic
 from deepseek_jax.ops import fp8_matmul, fused_quantize, grouped
 from deepseek_jax.ops import quantize as reference
 from experiments import gpu_cases, gpu_check
-from tests import tolerances
+from tests import deviceless, tolerances
 
 _ROOT = pathlib.Path(__file__).parent.parent
 # What memory bounds at every shape, and what it or products do; else products.
@@ -86,10 +87,11 @@ def test_what_a_broken_kernel_gives_is_judged_wrong(name):
 def test_a_product_that_is_not_promoted_is_judged_wrong(name):
   """One of 14 bits that is promoted, every 128 of K, is not."""
   case = _case(name, gpu_cases._products(64, 64, 4096))
-  a, b = operands = case.make()
+  operands = a, b = case.make()
+  b = b.mT
   hopper = fp8_matmul.Accumulation('hopper14')
   kept = jax.jit(fp8_matmul._tensor_core)(a.dequantize().T, b.dequantize())
-  dtype = case.run(a, b, implementation='xla').dtype
+  dtype = case.run(*operands, implementation='xla').dtype
   for y, right in ((fp8_matmul.dot(a, b, hopper), True), (kept, False)):
     assert gpu_check._judge(case, name, y.astype(dtype), operands) == right
 
@@ -106,6 +108,66 @@ def test_what_kernels_are_timed_beside_computes_the_same():
   assert sorted(found) == sorted(
     2 * ['lax.ragged_dot', 'lax.scaled_dot'] + ['lax.ragged_dot_general']
   )
+
+
+def _scaled_mm(a, b, a_scales, a_kind, b_scales, b_kind):
+  """torch's, in float32; the checks are those of its CUDA source."""
+  (M, K), N = a.shape, b.shape[1]
+  blocks, kinds = -(-K // 128), functional.ScalingType
+  assert a.is_contiguous() and b.T.is_contiguous()
+  assert a_kind == kinds.BlockWise1x128
+  assert (*a_scales.shape, *a_scales.stride()) == (M, blocks, 1, M)
+  if b_kind == kinds.BlockWise128x128:
+    rows, columns = -(-blocks // 4) * 4, -(-N // 128)
+    assert (*b_scales.shape, *b_scales.stride()) == (rows, columns, 1, rows)
+    b_scales = b_scales.repeat_interleave(128, 1)[:blocks, :N]
+  else:
+    assert b_kind == kinds.BlockWise1x128
+    assert (*b_scales.shape, *b_scales.stride()) == (N, blocks, 1, N)
+    b_scales = b_scales.T
+  a = a.float() * a_scales.repeat_interleave(128, 1)[:, :K]
+  b = b.float() * b_scales.repeat_interleave(128, 0)[:K]
+  return (a @ b).bfloat16()
+
+
+@pytest.mark.parametrize('name', ['fp8_matmul 256', 'fp8_matmul wgrad'])
+def test_torch_gets_scales_as_it_wants_them(name, monkeypatch):
+  monkeypatch.setattr(functional, 'scaled_mm', _scaled_mm)
+  case = _case(name, gpu_cases._products(256, 384, 320))
+  operands = case.make()
+  result = gpu_check._in_torch(case.torch, operands).call()
+  error = gpu_check._error(case, jnp.from_dlpack(result), operands)
+  assert error <= tolerances.BFLOAT16
+
+
+_COMPILE = """
+import functools, re
+import jax
+from jax.sharding import SingleDeviceSharding
+from deepseek_jax.kernels import mosaic
+from deepseek_jax.parallel import topology
+from experiments import gpu_cases
+place = SingleDeviceSharding(topology.topology('h100', 1)[0])
+def abstract(x):
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+with mosaic.for_hopper():
+  for case in gpu_cases.all_cases(small=False):
+    if case.name.startswith(('fp8_matmul', 'grouped fp8')):
+      run = functools.partial(case.run, implementation='mosaic_gpu')
+      operands = jax.tree.map(abstract, jax.eval_shape(case.make))
+      text = jax.jit(run).lower(*operands).compile().as_text()
+      print(case.name, 'mosaic_gpu' in text)
+      print(*re.findall(r'f8e4m3fn\\S* transpose', text), sep='\\n')
+"""
+
+
+@pytest.mark.slow
+def test_what_is_timed_turns_no_codes():
+  """They lie as the kernels read them: the products alone are timed."""
+  lines = deviceless.run('-c', _COMPILE).split('\n')
+  names = [line for line in lines if line.endswith('True')]
+  assert len(names) == 16
+  assert [line for line in lines if line not in names and line] == []
 
 
 def test_real_cases_are_lowered():
