@@ -296,6 +296,7 @@ def _experts(T, K, E, D, F):
   shape, flops = f'{rows}x{D}x{F} of {E}', 2.0 * rows * D * F
   yield from _bf16_experts(make, shape, flops)
   yield from _fp8_experts(make, shape, flops)
+  yield from _both_dgrads(make, shape, 2 * flops)
   yield Case(
     f'permute {T}x{K}x{D}', lambda: (_draw(T, D), layout()), permute.permute,
     grouped_reference.permute, 0.0, bytes=2.0 * (T + rows) * D,
@@ -398,6 +399,44 @@ def _fp8_experts(make, shape, flops):
       f'{name} {shape}', functools.partial(quantized, tile, source),
       _turning(f, *lying), _turning(of_values(plain), *lying), error,
       flops=flops, view=view,
+    )  # fmt: skip
+
+
+def _both_dgrads(make, shape, flops):
+  """A row's gradient: Dgrad by w1 and by w3, summed."""
+
+  def operands():
+    dy, w, groups = _turned(make)
+    return dy, w, dy, w[:, ::-1], groups
+
+  def codes():
+    dy, w1, _, w3, groups = operands()
+    dy = reference.quantize(dy, ROW_TILE)
+    w1, w3 = (reference.quantize(w, SQUARE_TILE) for w in (w1, w3))
+    return dy, w1, dy, w3, groups
+
+  def bf16(dgate, w1, dup, w3, groups, implementation=None):
+    pairs = (dgate, w1), (dup, w3)
+    return grouped.dots(pairs, groups, True, BF16, implementation)
+
+  def fp8(dgate, w1, dup, w3, groups, implementation=None):
+    pairs = (dgate, w1.mT), (dup, w3.mT)
+    return grouped.fp8_dots(pairs, groups, BF16, implementation)
+
+  for name, make_operands, f, values in (
+    ('grouped bf16 both dgrads', operands, bf16, lambda v: v.astype(F32)),
+    ('grouped fp8 both dgrads', codes, fp8, _values),
+  ):
+
+    def truth(*operands, values=values):
+      *pairs, groups = operands
+      dgate, w1, dup, w3 = (values(v) for v in pairs)
+      dot = functools.partial(grouped_reference.dot, groups=groups)
+      return dot(dgate, w1.mT) + dot(dup, w3.mT)
+
+    yield Case(
+      f'{name} {shape}', make_operands, f, truth, _ROUNDED, flops=flops,
+      view=_real,
     )  # fmt: skip
 
 

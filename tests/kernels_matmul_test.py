@@ -188,6 +188,37 @@ class FP8Test(Kernels):
       reference.fp8_outer(x, y, layout.groups),
     )
 
+  @parameterized.product(mode=MODES)
+  def test_two_grouped_products_are_one(self, mode):
+    """Their sum is float32's, and rounded once."""
+    if mode == 'lower':
+      groups = real_routing().groups
+      R = groups.expert_B.size * 128
+      x, w = codes((R, 2048), ROW_TILE), codes((8, 7168, 2048), SQUARE_TILE)
+      mosaic.lower(
+        lambda *a: grouped.fp8_dots(
+          [(x, w.mT) for x, w in (a[:2], a[2:4])], a[4], BF16, **KERNEL
+        ),
+        x, w, x, w, groups,
+      )  # fmt: skip
+      return
+    layout, used = routing()
+    pairs = []
+    for seed in range(2):
+      rows = reference.permute(draw(96, 320, seed=seed), layout)
+      w = draw(4, 192, 320, seed=seed + 2)
+      x = quantize.quantize(rows, ROW_TILE)
+      pairs.append((x, quantize.quantize(w, SQUARE_TILE).mT))
+    expected = sum(reference.fp8_dot(*pair, layout.groups) for pair in pairs)
+    self.close(reference.fp8_dots(pairs, layout.groups, F32), expected)
+    actual = [
+      interpret(grouped.fp8_dots, pairs, layout.groups, dtype=dtype)
+      for dtype in (F32, BF16)
+    ]
+    self.close(actual[0][:used], expected[:used])
+    same = np.asarray(actual[1] == expected.astype(BF16))[:used]
+    self.assertGreater(same.mean(), 0.99)
+
 
 class BFloat16Test(Kernels):
   @parameterized.product(mode=MODES)
@@ -212,6 +243,42 @@ class BFloat16Test(Kernels):
       interpret(grouped.outer, x, y, layout.groups),
       reference.outer(x, y, layout.groups),
     )
+
+  @parameterized.product(mode=MODES)
+  def test_two_grouped_products_are_one(self, mode):
+    """Their sum is float32's, and rounded once."""
+    if mode == 'lower':
+      groups = real_routing().groups
+      R = groups.expert_B.size * 128
+      x, w = abstract((R, 2048)), abstract((8, 7168, 2048))
+
+      def both(*args, turned=True, **how):
+        pairs = args[:2], args[2:4]
+        return grouped.dots(pairs, args[4], turned, BF16, **how)
+
+      self.lowers(both, x, w, x, w, groups)
+      with self.assertRaisesRegex(ValueError, 'too few across K'):
+        self.lowers(
+          both, *[x, abstract((8, 2048, 7168))] * 2, groups, turned=False
+        )
+      return
+    layout, used = routing()
+    pairs = [
+      (reference.permute(draw(96, 168, seed=seed), layout),
+       draw(4, 168, 192, seed=seed + 2))
+      for seed in range(2)
+    ]  # fmt: skip
+    expected = sum(reference.dot(*pair, layout.groups, F32) for pair in pairs)
+    self.close(reference.dots(pairs, layout.groups, F32), expected)
+    pairs = [(x, w.mT) for x, w in pairs]
+    with mosaic.interpreted(pads=True):  # 168 is no multiple of 32.
+      actual = [
+        grouped.dots(pairs, layout.groups, True, dtype, **KERNEL)
+        for dtype in (F32, BF16)
+      ]
+    self.close(actual[0][:used], expected[:used])
+    same = np.asarray(actual[1] == expected.astype(BF16))[:used]
+    self.assertGreater(same.mean(), 0.99)
 
   def test_grouped_dot_is_interpreted_by_jax_0_10_too(self):
     groups = reference.Groups(*(
@@ -276,8 +343,9 @@ class LayersTest(Kernels):
       args = abstract((T, K), F32), abstract((T, K), I32), abstract((T, D))
       ws = [abstract(s) for s in ((E, D, F), (E, F, D), (E, D, F))]
       count = self.count(grads(experts.expert_ffn), *args, *ws)
-      # Three products, six backward; rows move three times in, twice out.
-      self.assertEqual(count, 9 + 5)
+      # Three products, five backward, of which one by w1 and w3; rows move
+      # three times in, twice out.
+      self.assertEqual(count, 8 + 5)
       return
     ids = jnp.asarray(np.random.default_rng(2).integers(0, 3, (64, 2)), I32)
     weights = jnp.linspace(0.2, 1, 128).reshape(64, 2)
@@ -311,10 +379,10 @@ class LayersTest(Kernels):
       ws = [abstract(s, F32) for s in ((E, D, F), (E, F, D), (E, D, F))]
       recipe = fp8_recipe.Recipe(steps=fp8.steps('auto'))
       count = self.count(grads(kernel, recipe), *args, *ws)
-      # Nine products.  Quantised: tokens, SwiGLU's inputs and output; dy, two
-      # gradients; three operands of Wgrad, and two turned.  Rows move in three
-      # times, out twice.
-      self.assertEqual(count, 9 + 4 + 3 + 3 + 2 * mosaic.turns_codes() + 5)
+      # Eight products, of which one by w1 and w3.  Quantised: tokens, SwiGLU's
+      # inputs and output; dy, two gradients; three operands of Wgrad, and two
+      # turned.  Rows move in three times, out twice.
+      self.assertEqual(count, 8 + 4 + 3 + 3 + 2 * mosaic.turns_codes() + 5)
       return
     # Each block of an expert is one of 128 rows in both.
     T, E = 160, 3
@@ -408,12 +476,14 @@ _FP8_GEMM = (
   'fp8_matmul 4096x7168x16384', 'fp8_matmul 4096x2112x7168',
   'fp8_matmul wgrad 4096x7168x16384', 'grouped fp8 65536x7168x2048 of 8',
   'grouped fp8 wgrad 65536x7168x2048 of 8',
+  'grouped fp8 both dgrads 65536x7168x2048 of 8',
 )  # fmt: skip
 _OTHERS = (
   'quantize 16384x7168', 'swiglu 16384x7168', 'rms_norm 16384x7168',
   'turn bf16 16384x7168', 'grouped bf16 65536x7168x2048 of 8',
   'grouped bf16 dgrad 65536x7168x2048 of 8',
   'grouped bf16 wgrad 65536x7168x2048 of 8',
+  'grouped bf16 both dgrads 65536x7168x2048 of 8',
   'permute 8192x8x7168', 'unpermute 8192x8x7168',
 )  # fmt: skip
 

@@ -353,7 +353,7 @@ class MemoryTest(parameterized.TestCase):
       none = activations.kept(varied, True, 'none', rows)
       kept = activations.kept(varied, True, config.train.remat, rows)
       D, F = config.model.dim, config.model.moe.moe_inter_dim
-      rest = 2 * none - kept + rows * (2 * 4 * D + 2 * F * 2)
+      rest = 2 * none - kept + rows * (D + 2 * F) * 2
       self.assertEqual(total, rest + whole * sizes)
 
   def test_rows(self):

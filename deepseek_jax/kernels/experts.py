@@ -5,8 +5,6 @@ left to XLA, which fuses them.  The rows of each expert are padded to blocks of
 128, so that a tile is of one expert.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -66,11 +64,11 @@ def _fwd(x_TD, weights, weights_TK, layout):
 def _bwd(residuals, dy_TD):
   x_TD, (w1, w2, w3), weights_TK, layout, gate, up = residuals
   dy = permute.permute(dy_TD, layout, _KERNEL)
-  back = functools.partial(_dot, layout=layout, turned=True, dtype=jnp.float32)
-  dhidden = back(dy, w2)
+  dhidden = grouped.dot(dy, w2, layout.groups, True, jnp.float32, _KERNEL)
   hidden, vjp = jax.vjp(hidden_of, gate, up, gate_weights(weights_TK, layout))
   dgate, dup, dweights_R = vjp(dhidden)
-  dx = (back(dgate, w1) + back(dup, w3)).astype(x_TD.dtype)
+  pairs = (dgate, w1), (dup, w3)
+  dx = grouped.dots(pairs, layout.groups, True, x_TD.dtype, _KERNEL)
   x = permute.permute(x_TD, layout, _KERNEL)
   dw1, dw2, dw3 = (
     grouped.outer(*pair, layout.groups, implementation=_KERNEL).astype(w1.dtype)
@@ -88,8 +86,8 @@ def _bwd(residuals, dy_TD):
 _ffn.defvjp(_fwd, _bwd)
 
 
-def _dot(x, w, layout, turned=False, dtype=None):
-  return grouped.dot(x, w, layout.groups, turned, dtype, _KERNEL)
+def _dot(x, w, layout):
+  return grouped.dot(x, w, layout.groups, implementation=_KERNEL)
 
 
 def hidden_of(

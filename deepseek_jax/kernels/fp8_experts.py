@@ -101,9 +101,8 @@ def _bwd(recipe, residuals, dy_TD):
   w1, w2, w3 = (_quantize(w, recipe).mT for w in weights)
   sent_dy = _rowwise(dy_TD, recipe.dispatch_gradient, recipe)
   dy = _permute(sent_dy, layout)
-  dot = functools.partial(_dot, layout=layout, dtype=jnp.float32)
   gates_R = experts.gate_weights(weights_TK, layout)
-  dhidden = dot(dy, w2)
+  dhidden = _dot(dy, w2, layout, jnp.float32)
   hidden, vjp = jax.vjp(
     experts.hidden_of, *(q.dequantize() for q in kept), gates_R
   )
@@ -111,7 +110,8 @@ def _bwd(recipe, residuals, dy_TD):
   dinputs = [v.astype(dy_TD.dtype) for v in dinputs]
   operand = Kept(E4M3, recipe.scale, GRADIENT_MIN_AMAX)
   codes = (_rowwise(v, operand, recipe) for v in dinputs)
-  dx = sum(dot(q, w) for q, w in zip(codes, (w1, w3))).astype(dy_TD.dtype)
+  pairs = list(zip(codes, (w1, w3)))
+  dx = grouped.fp8_dots(pairs, layout.groups, dy_TD.dtype, _KERNEL)
   dws = (None,) * 3
   if not isinstance(weights[0], Quantized):
     x = _turned(_permute(sent, layout), recipe.dispatch, recipe)

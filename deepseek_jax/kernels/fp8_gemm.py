@@ -25,6 +25,8 @@ first `count` rows of tiles exist (groups of rows are padded to 128).  With
 """
 
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -107,6 +109,7 @@ def multiply(
   dtype: Any,
   groups: Experts | Segments | None = None,
   shape: Shape | None = None,
+  more: Sequence[tuple[jax.Array, ...]] = (),
 ) -> jax.Array:
   """`a @ b^T` with scales: [M, N], or [E, M, N] for segments of K.
 
@@ -118,12 +121,13 @@ def multiply(
     dtype: of the result.
     groups: see the module.
     shape: of the tile; None: the best.
+    more: operands like the first four, whose products are added in float32.
   """
-  a_MK, b_ENK = (
-    lax.bitcast_convert_type(_whole_blocks(v), jnp.float8_e4m3fn)
-    for v in (a_MK, b_ENK)
-  )
-  M, K = a_MK.shape
+  pairs = [
+    (*(_whole_blocks(v) for v in (a, b)), *scales)
+    for a, b, *scales in ((a_MK, b_ENK, a_scales, b_scales), *more)
+  ]
+  M, K = pairs[0][0].shape
   N = b_ENK.shape[1]
   has_column_scales = b_scales.ndim == 2
   shape = shape or best_shape(M, N, has_column_scales)
@@ -134,41 +138,45 @@ def multiply(
     _body,
     shape=shape,
     groups=type(groups) if groups is not None else None,
-    stages=_stages(shape, dtype, has_column_scales, K),
+    pairs=len(pairs),
+    stages=_stages(shape, dtype, has_column_scales, K, len(pairs)),
   )
   tiles = -(-M // shape.rows) * -(-N // shape.columns)
   tiles *= out[0] if len(out) == 3 else 1
-  operands = [a_MK, b_ENK, a_scales, b_scales]
   return mosaic.launch(
     body,
     jax.ShapeDtypeStruct(out, dtype),
     grid=(mosaic.processors(tiles),),
     grid_names=('sm',),
     warpgroups=3,
-  )(*operands, *(groups or ()))
+  )(*itertools.chain(*pairs), *(groups or ()))
 
 
 def _whole_blocks(codes: jax.Array) -> jax.Array:
-  """Zeros are appended along the last axis, K, to a multiple of 128."""
+  """E4M3, with zeros appended along the last axis, K, to a multiple of 128."""
   missing = -codes.shape[-1] % BLOCK
-  if not missing:
-    return codes
-  codes = lax.bitcast_convert_type(codes, jnp.uint8)
-  return jnp.pad(codes, (*[(0, 0)] * (codes.ndim - 1), (0, missing)))
+  if missing:
+    codes = lax.bitcast_convert_type(codes, jnp.uint8)
+    codes = jnp.pad(codes, (*[(0, 0)] * (codes.ndim - 1), (0, missing)))
+  return lax.bitcast_convert_type(codes, jnp.float8_e4m3fn)
 
 
-def _stages(shape: Shape, dtype, has_column_scales: bool, K: int) -> int:
+def _stages(
+  shape: Shape, dtype, has_column_scales: bool, K: int, pairs: int
+) -> int:
   """Steps of K in flight: as many as fit beside the results, at most 6."""
   scales = shape.rows + shape.columns * has_column_scales
-  stage = (shape.rows + shape.columns) * BLOCK + 4 * scales
+  stage = ((shape.rows + shape.columns) * BLOCK + 4 * scales) * pairs
   result = 2 * _WAVE * BLOCK * jnp.dtype(dtype).itemsize
   left = mosaic.SMEM_BYTES - result - 1024  # Barriers and alignment.
   return min(left // stage, 6, max(2, -(-K // BLOCK)))
 
 
-def _body(*refs, shape, groups, stages):
+def _body(*refs, shape, groups, pairs, stages):
   """The kernel of one block; `refs` as `multiply` gives them."""
-  a, b, a_scales, b_scales, *group_refs, o_gmem = refs
+  operands = [refs[4 * i : 4 * i + 4] for i in range(pairs)]
+  *group_refs, o_gmem = refs[4 * pairs :]
+  a, b, _, b_scales = operands[0]
   (M, K), N = a.shape, b.shape[1]
   rows, columns, waves = shape
   has_column_scales = len(b_scales.shape) == 2
@@ -182,6 +190,7 @@ def _body(*refs, shape, groups, stages):
     ]
     if has_column_scales:
       specs.append(plgpu.BlockSpec((1, columns), lambda k: (first + k, 0)))
+    specs *= pairs
     return plgpu.emit_pipeline_warp_specialized(
       step,
       grid=(steps,),
@@ -196,7 +205,9 @@ def _body(*refs, shape, groups, stages):
   def nothing(*_):
     pass
 
-  streams = [a, b.at[0], a_scales] + [b_scales] * has_column_scales
+  streams = []
+  for a, b, a_scales, b_scales in operands:
+    streams += [a, b.at[0], a_scales] + [b_scales] * has_column_scales
   allocations = make_pipeline(nothing, nothing).get_allocations(*streams)
 
   @functools.partial(
@@ -214,8 +225,16 @@ def _body(*refs, shape, groups, stages):
       target = o_gmem.at[expert] if is_segment else o_gmem
       weight = 0 if is_segment else expert
 
-      def step(k, a_smem, b_smem, as_smem, *rest):
-        *bs_smem, totals = rest
+      def step(k, *refs):
+        *smem, totals = refs
+        size = len(smem) // pairs
+        for i, (*_, b_scales) in enumerate(operands):
+          mine = smem[size * i : size * (i + 1)]
+          totals = added(k, totals, b_scales, *mine)
+        return totals
+
+      def added(k, totals, b_scales, a_smem, b_smem, as_smem, *bs_smem):
+        """`totals` and 128 of K of one pair."""
         new = []
         if not has_column_scales:  # One of all waves: see `Shape.place`.
           # Read here, it arrives while the products are formed.
@@ -256,8 +275,10 @@ def _body(*refs, shape, groups, stages):
 
       here = pl.ds(mi * rows, rows)
       there = pl.ds(ni * columns, columns)
-      streams = [a.at[here], b.at[weight].at[there], a_scales.at[:, here]]
-      streams += [b_scales.at[:, there]] * has_column_scales
+      streams = []
+      for a, b, a_scales, b_scales in operands:
+        streams += [a.at[here], b.at[weight].at[there], a_scales.at[:, here]]
+        streams += [b_scales.at[:, there]] * has_column_scales
       make_pipeline(step, context, first, steps)(
         *streams, allocations=allocations
       )

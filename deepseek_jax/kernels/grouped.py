@@ -15,6 +15,7 @@ weight gradient, are read transposed, as they are.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -69,39 +70,65 @@ def dot(
     dtype: of the result; None: that of the rows.
     implementation: see `dispatch`.
   """
+  pairs = [(x_RK, w_EKN)]
+  return dots(pairs, groups, turned, dtype or x_RK.dtype, implementation)
+
+
+def dots(
+  pairs: Sequence[tuple[jax.Array, jax.Array]],
+  groups: Groups,
+  turned: bool,
+  dtype: Any,
+  implementation: str | None = None,
+) -> jax.Array:
+  """`ops.grouped.dots` of pairs that are as large, else as `dot`.
+
+  A stage has a share of K of each pair, in one accumulator.
+  """
+  (x_RK, w_EKN), *_ = pairs
   found = obstacles(x_RK, w_EKN)
+  if len(pairs) > 1 and not turned:
+    found.append('a stage of several pairs has 32 of K, too few across K')
   choice = dispatch.choose(implementation, found, 'grouped', x_RK, w_EKN)
   if not choice.is_kernel:
-    w = w_EKN.mT if turned else w_EKN
-    return reference.dot(x_RK, w, groups, dtype)
+    pairs = [(x, w.mT if turned else w) for x, w in pairs]
+    return reference.dots(pairs, groups, dtype)
   R, K = x_RK.shape
   N = w_EKN.shape[1 if turned else 2]
-  block = (_COLUMNS, _STEP) if turned else (_STEP, _COLUMNS)
+  length = _STEP // len(pairs)
+  block = (_COLUMNS, length) if turned else (length, _COLUMNS)
   rows, columns = -(-R // _ROWS), -(-N // _COLUMNS)
 
-  def body(x, w, expert_B, count, o):
+  def body(*refs):
+    *operands, expert_B, count, o = refs
+    pairs = list(zip(operands[::2], operands[1::2]))
+
     def run(index, multiply):
       mi = lax.div(index, jnp.int32(columns))
       ni = lax.rem(index, jnp.int32(columns))
       here, there = pl.ds(mi * _ROWS, _ROWS), pl.ds(ni * _COLUMNS, _COLUMNS)
-      weight = w.at[expert_B[mi]]
-      weight = weight.at[there] if turned else weight.at[:, there]
-      multiply((x.at[here], weight), o.at[here, there], -(-K // _STEP))
+      streams = []
+      for x, w in pairs:
+        weight = w.at[expert_B[mi]]
+        weight = weight.at[there] if turned else weight.at[:, there]
+        streams += [x.at[here], weight]
+      multiply(streams, o.at[here, there], -(-K // length))
 
     specs = [
-      ((_ROWS, _STEP), lambda k: (0, k)),
+      ((_ROWS, length), lambda k: (0, k)),
       (block, (lambda k: (0, k)) if turned else (lambda k: (k, 0))),
-    ]
+    ] * len(pairs)
+    like = [ref for x, w in pairs for ref in (x, w.at[0])]
     a = (False, turned)
-    _persistent(run, count[0] * columns, specs, a, (x, w.at[0]), o.dtype)
+    _persistent(run, count[0] * columns, specs, a, like, o.dtype)
 
   return mosaic.launch(
     body,
-    jax.ShapeDtypeStruct((R, N), dtype or x_RK.dtype),
+    jax.ShapeDtypeStruct((R, N), dtype),
     grid=(mosaic.processors(rows * columns),),
     grid_names=('sm',),
     warpgroups=3,
-  )(x_RK, w_EKN, groups.expert_B, groups.count)
+  )(*(v for pair in pairs for v in pair), groups.expert_B, groups.count)
 
 
 def outer(
@@ -150,13 +177,13 @@ def _persistent(run, tiles, specs, turned, like, dtype):
   """Within a kernel: `run(index, multiply)` for the tiles of this block.
 
   `multiply(operands, target, steps, first)` forms one tile: the sum over
-  `steps` of 64 of K from step `first`.
+  `steps` of K from step `first`, and over the pairs of operands.
 
   Args:
     run: calls `multiply` once.
     tiles: how many there are.
-    specs: (block, index of step k) of both operands.
-    turned: whether each operand lies across K: [K, M] of a, [N, K] of b.
+    specs: (block, index of step k) of the operands, a and b of each pair.
+    turned: whether an a and a b lie across K: [K, M] of a, [N, K] of b.
     like: operands whose types the stages have.
     dtype: of the result.
   """
@@ -202,11 +229,13 @@ def _persistent(run, tiles, specs, turned, like, dtype):
     half = pl.ds(warpgroup * BLOCK, BLOCK)
 
     def multiply(operands, target, steps, first=0):
-      def step(_, a_smem, b_smem, accumulator):
-        a = a_smem.T if turned[0] else a_smem
-        b = b_smem.at[half].T if turned[1] else b_smem.at[:, half]
-        plgpu.wgmma(accumulator, a, b)
-        plgpu.wgmma_wait(1)
+      def step(_, *refs):
+        *smem, accumulator = refs
+        for a_smem, b_smem in zip(smem[::2], smem[1::2]):
+          a = a_smem.T if turned[0] else a_smem
+          b = b_smem.at[half].T if turned[1] else b_smem.at[:, half]
+          plgpu.wgmma(accumulator, a, b)
+        plgpu.wgmma_wait(len(smem) // 2)  # For those of the step before.
         return accumulator
 
       def context(run_pipeline):
@@ -241,21 +270,28 @@ def fp8_dot(
 
   The weights are read as [E, N, K]: see `fp8_matmul.dot`.
   """
+  return fp8_dots([(x_RK, w_EKN)], groups, dtype, implementation)
+
+
+def fp8_dots(
+  pairs: Sequence[tuple[Quantized, Quantized]],
+  groups: Groups,
+  dtype: Any,
+  implementation: str | None = None,
+) -> jax.Array:
+  """`ops.grouped.fp8_dots` of pairs that are as large, else as `fp8_dot`."""
+  (x_RK, w_EKN), *_ = pairs
   found = fp8_matmul.obstacles(x_RK, w_EKN, Accumulation())
   if (x_RK.tile, w_EKN.tile) != (ROW_TILE, SQUARE_TILE):
     found.append(f'the tiles are {x_RK.tile} and {w_EKN.tile}')
   choice = dispatch.choose(implementation, found, 'fp8 grouped', x_RK, w_EKN)
   if not choice.is_kernel:
-    return reference.fp8_dot(x_RK, w_EKN, groups, dtype)
-  experts = fp8_gemm.Experts(groups.expert_B, groups.count)
-  return fp8_gemm.multiply(
-    x_RK.codes,
-    w_EKN.codes.mT,
-    x_RK.scales.mT,
-    w_EKN.scales.mT,
-    dtype=dtype,
-    groups=experts,
+    return reference.fp8_dots(pairs, groups, dtype)
+  first, *more = (
+    (x.codes, w.codes.mT, x.scales.mT, w.scales.mT) for x, w in pairs
   )
+  experts = fp8_gemm.Experts(groups.expert_B, groups.count)
+  return fp8_gemm.multiply(*first, dtype=dtype, groups=experts, more=more)
 
 
 def fp8_outer(

@@ -5,6 +5,7 @@ is of one expert, in a forward product as a tile of rows, in a weight gradient
 as a step of the sum and as an FP8 tile along the tokens.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -94,22 +95,32 @@ def dot(
   x_RK: jax.Array, w_EKN: jax.Array, groups: Groups, dtype: Any = None
 ) -> jax.Array:
   """Each row times its expert's matrix: [R, N], by default as `x_RK` is."""
+  return dots([(x_RK, w_EKN)], groups, dtype or x_RK.dtype)
 
-  def product(x, expert):
-    return jnp.matmul(x, _at(w_EKN, expert), preferred_element_type=jnp.float32)
 
-  return _by_blocks(product, x_RK, w_EKN.shape[2], dtype or x_RK.dtype, groups)
+def dots(
+  pairs: Sequence[tuple[jax.Array, jax.Array]], groups: Groups, dtype: Any
+) -> jax.Array:
+  """The sum of the `dot` of each pair, in float32, rounded once: [R, N]."""
+
+  def product(x, w):
+    return jnp.matmul(x, w, preferred_element_type=jnp.float32)
+
+  return _by_blocks(product, pairs, dtype, groups)
 
 
 def fp8_dot(
   x_RK: Quantized, w_EKN: Quantized, groups: Groups, dtype: Any = jnp.float32
 ) -> jax.Array:
   """`dot` of FP8: 1 x 128 tiles by 128 x 128 blocks."""
+  return fp8_dots([(x_RK, w_EKN)], groups, dtype)
 
-  def product(x, expert):
-    return fp8_matmul.dot(x, _at(w_EKN, expert))
 
-  return _by_blocks(product, x_RK, w_EKN.shape[2], dtype, groups)
+def fp8_dots(
+  pairs: Sequence[tuple[Quantized, Quantized]], groups: Groups, dtype: Any
+) -> jax.Array:
+  """`dots` of FP8."""
+  return _by_blocks(fp8_matmul.dot, pairs, dtype, groups)
 
 
 def outer(x_RM: jax.Array, y_RN: jax.Array, groups: Groups) -> jax.Array:
@@ -130,12 +141,14 @@ def fp8_outer(x_RM: Quantized, y_RN: Quantized, groups: Groups) -> jax.Array:
   return _by_expert(product, x_RM, y_RN, groups)
 
 
-def _by_blocks(product, x_RK, N, dtype, groups):
+def _by_blocks(product, pairs, dtype, groups):
   def body(i, y):
-    block = product(_block(x_RK, i), groups.expert_B[i]).astype(dtype)
-    return lax.dynamic_update_slice_in_dim(y, block, i * BLOCK, 0)
+    e = groups.expert_B[i]
+    block = sum(product(_block(x, i), _at(w, e)) for x, w in pairs)
+    return lax.dynamic_update_slice_in_dim(y, block.astype(dtype), i * BLOCK, 0)
 
-  y = jnp.zeros((x_RK.shape[0], N), dtype)
+  (x_RK, w_EKN), *_ = pairs
+  y = jnp.zeros((x_RK.shape[0], w_EKN.shape[2]), dtype)
   return lax.fori_loop(0, groups.count[0], body, y)
 
 

@@ -173,8 +173,7 @@ def of_layer(config: Config, is_moe: bool, rows: float) -> float:
   total -= kept(config, is_moe, config.train.remat, rows)
   own = parameters.layer(model, is_moe)
   if is_moe:
-    # A row's gradient is of two float32 products, by w1 and w3.
-    total += rows * (2 * 4 * model.dim + 2 * model.moe.moe_inter_dim * width)
+    total += rows * (model.dim + 2 * model.moe.moe_inter_dim) * width
     routed = parameters.routed_experts(model)
     own -= routed - routed // (parallel.node * parallel.expert)
   is_gathered = parallel.fsdp > 1 and parallel.stage == 1
