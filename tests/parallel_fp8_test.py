@@ -19,7 +19,7 @@ from absl.testing import absltest, parameterized
 from deepseek_jax import config as config_lib
 from deepseek_jax.parallel import hlo
 from tests import invariance_test as invariance
-from tests import tolerances
+from tests import jaxprs, tolerances
 
 _BASE = {
   'model.n_layers': 1,
@@ -45,14 +45,16 @@ _LAYOUTS = {
     'train.remat': 'selective',
   },
 }
+# V3's dtype, and three tiles a row, the last ragged.
+_BFLOAT16 = (('precision.compute_dtype', 'bfloat16'), ('model.dim', 264))
 # Of two hops an expert sees first what came through rank 0 of its node: the
 # sequences of rank 0 of either node.
 _BY_RANK = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
-def _config(layout):
+def _config(layout, more=()):
   config = invariance.make_config()
-  return config_lib.replace(config, {**_BASE, **_LAYOUTS[layout]})
+  return config_lib.replace(config, {**_BASE, **_LAYOUTS[layout], **dict(more)})
 
 
 def _batch():
@@ -66,20 +68,28 @@ def _batch():
   return {'tokens': tokens, 'segments': segments}
 
 
+def _arguments(config, batch):
+  """Master weights are numbers that the compute dtype holds."""
+  state, batch = invariance.arguments(config, batch)
+  dtype = config.precision.compute_dtype
+  params = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), state.params)
+  return state.replace(params=params), batch, invariance.HYPER
+
+
 @functools.cache
-def _program(layout):
-  config = _config(layout)
+def _program(layout, more=()):
+  config = _config(layout, more)
   train_step, _ = invariance.step_of(config)
-  arguments = *invariance.arguments(config, _batch()), invariance.HYPER
-  return train_step.lower(*arguments).compile()
+  traced = train_step.trace(*_arguments(config, _batch()))
+  return traced.lower().compile(), traced.jaxpr
 
 
 @functools.cache
-def _results(layout, order=tuple(range(8))):
+def _results(layout, order=tuple(range(8)), more=()):
   """(report, gradients, biases) of one step."""
   batch = jax.tree.map(lambda x: x[list(order)], _batch())
-  arguments = *invariance.arguments(_config(layout), batch), invariance.HYPER
-  new, metrics = _program(layout)(*arguments)
+  program, _ = _program(layout, more)
+  new, metrics = program(*_arguments(_config(layout, more), batch))
   names = [n for n in metrics if n.endswith('loss')]
   report = {n: metrics[n] for n in [*names, 'counts', 'grad_norm']}
   return jax.device_get((report, new.opt_state, new.router_state))
@@ -102,6 +112,19 @@ class Fp8LayoutTest(parameterized.TestCase):
     """Each is one device that has its sequences, one by one."""
     self._assert_same(_results(layout), _results('one by one'))
 
+  @parameterized.parameters('ZeRO-1', 'FSDP')
+  def test_bfloat16(self, layout):
+    """A gradient of a weight stays float32 until it is summed."""
+    actual, expected = (
+      _results(name, more=_BFLOAT16) for name in (layout, 'one by one')
+    )
+    self._assert_same(actual, expected)
+    _, jaxpr = _program(layout, _BFLOAT16)
+    found = jaxprs.rounded(jaxpr)
+    self.assertNotEmpty(found)
+    weights = jaxprs.weight_shapes(actual[1]['moe_layers'])
+    self.assertEmpty(found & weights)
+
   def test_devices_that_share_experts(self):
     """An expert's rows come from all sequences, in their order."""
     rung = tolerances.FP8_TILES
@@ -120,7 +143,7 @@ class Fp8LayoutTest(parameterized.TestCase):
     """Tokens and gradients one way, and the same back in float32."""
     _, where = invariance.step_of(_config(layout))
     found = hlo.collectives(
-      hlo.parse(_program(layout).as_text()), where.mesh.shape
+      hlo.parse(_program(layout)[0].as_text()), where.mesh.shape
     )
     # What is smaller are scales, a byte for each row, gate weights and counts.
     moved = collections.Counter()

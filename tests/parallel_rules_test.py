@@ -177,7 +177,7 @@ class ShardingTest(parameterized.TestCase):
     layout=('DP', 'FSDP', 'EP', 'EP+FSDP'), zero1=(0, 1), processes=(0, 1)
   )
   def test_collected_parts_and_their_gradients(self, layout, zero1, processes):
-    """`gather` gives back the whole; the gradient is that of one device."""
+    """They are the whole; the gradient is that of one device."""
     self.enter_context(
       mock.patch.object(jax.distributed, 'is_initialized', lambda: processes)
     )
@@ -192,11 +192,13 @@ class ShardingTest(parameterized.TestCase):
       return (jnp.sin(x @ w) ** 2).sum()
 
     def per_device(w, x):
-      def local(w):
-        return loss(sharding.gather(w, place.step, place.used), x)
-
       w = sharding.gather(w, place.stored, place.step)
-      value, gradient = jax.value_and_grad(local)(w)
+
+      def local(slot):
+        copy = sharding.Copy(w, slot)
+        return loss(sharding.collect(copy, place.step, place.used), x)
+
+      value, gradient = jax.value_and_grad(local)(sharding.slots(w))
       gradient = sharding.reduce(gradient, place.step, place.stored)
       return sharding.batch_sum(value), gradient
 

@@ -240,6 +240,30 @@ class GradientsTest(parameterized.TestCase):
         tolerances.assert_close(actual[1][i], wanted[1][i], rung, f'{step}')
 
 
+class PrecisionTest(parameterized.TestCase):
+  @parameterized.parameters('1f1b', 'dualpipe')
+  def test_gradients_are_float32_from_their_product_on(self, schedule):
+    """Traced alone; of a width by which to tell a weight."""
+    changes = ('model.dim', 48), ('precision.compute_dtype', 'bfloat16')
+    case = _Case(schedule, 2, (*_FP8_MTP, *changes))
+    config, model, layout, _, state, _ = _setup(case)
+    batch = _batch(config, 0)
+    gradients = step_lib.make_gradients(
+      model, config, step_lib.pretrain_loss, layout
+    )
+    traced = jax.make_jaxpr(gradients)(
+      state.params,
+      state.router_state,
+      batch,
+      training_schedules.Schedule(config).at(0),
+      step_lib.batch_totals(batch, config),
+    )
+    found = jaxprs.rounded(traced.jaxpr)
+    self.assertNotEmpty(found)
+    stacks = state.params['moe_layers'], state.params['mtp']['block']
+    self.assertEmpty(found & jaxprs.weight_shapes(stacks))
+
+
 class StepTest(parameterized.TestCase):
   @pytest.mark.slow
   def test_a_compiled_step_equals_one_devices(self):

@@ -293,14 +293,16 @@ class TrafficTest(parameterized.TestCase):
     ratio = sum(t.sent for t in plain) / sum(t.sent for t in sharded)
     self.assertAlmostEqual(ratio, 8 / 6)
 
-  def test_fsdp_gathers_for_each_pass(self):
-    config = config_lib.replace(
-      presets.tiny(), {'parallel.fsdp': 4, 'train.micro_batch_size': 4}
-    )
+  @parameterized.parameters(('float32', 4), ('bfloat16', 2))
+  def test_fsdp_gathers_for_each_pass_and_scatters_float32(self, dtype, width):
+    changes = {'parallel.fsdp': 4, 'train.micro_batch_size': 4}
+    changes['precision.compute_dtype'] = dtype
+    config = config_lib.replace(presets.tiny(), changes)
     held = placement.Held(routed=600, other=400)
     found = communication.parameter_traffic(config, held, 3)
     self.assertEqual({t.axis for t in found}, {'fsdp'})
-    self.assertAlmostEqual(sum(t.sent for t in found), 3 * 3 * 4000 * 3 / 4)
+    total = sum(t.sent for t in found)
+    self.assertAlmostEqual(total, 3 * (2 * width + 4) * 1000 * 3 / 4)
 
   def test_one_device_sends_nothing(self):
     self.assertEqual(cost.traffic(presets.tiny()), [])

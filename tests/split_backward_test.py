@@ -168,7 +168,7 @@ class PlainTest(parameterized.TestCase):
     )
 
     def function(w, state, x, aux):
-      return product(jnp.cos(x), w), None
+      return product(jnp.cos(x), w.astype(x.dtype)), None
 
     x, w = (jax.ShapeDtypeStruct((n, 128), jnp.bfloat16) for n in (1024, 128))
     with mosaic.for_hopper():

@@ -27,7 +27,14 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from deepseek_jax.parallel import hlo, placement, split_backward, ticks, turns
+from deepseek_jax.parallel import (
+  hlo,
+  placement,
+  sharding,
+  split_backward,
+  ticks,
+  turns,
+)
 from deepseek_jax.parallel.placement import AXIS, Layout, Signature
 from deepseek_jax.parallel.ticks import Cell, Table
 
@@ -175,13 +182,11 @@ def _zeros(shapes: Any) -> Any:
   return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
-def _float32_zeros(x: jax.Array) -> jax.Array:
-  return jnp.zeros(x.shape, jnp.float32)
-
-
-def _empty(shapes: Any, size: int) -> Any:
+def _empty(shapes: Any, size: int, dtype: Any = None) -> Any:
   """Empty buffers."""
-  return jax.tree.map(lambda s: jnp.zeros((size, *s.shape), s.dtype), shapes)
+  return jax.tree.map(
+    lambda s: jnp.zeros((size, *s.shape), dtype or s.dtype), shapes
+  )
 
 
 class _Rank:
@@ -260,8 +265,8 @@ class _Rank:
       'cut': _empty(self._cut.shapes, table.cut_slots),
       'x': _empty(self._x, max(1, table.x_slots)),
       'g': _empty(self._x, max(1, table.g_slots)),
-      'dlayers': jax.tree.map(_float32_zeros, self._params),
-      'douter': jax.tree.map(_float32_zeros, self._outer),
+      'dlayers': sharding.slots(self._params),
+      'douter': sharding.slots(self._outer),
       'stats': {
         k: _empty(self._splits[k].stats, self._layout.sources[k].shape[1])
         for k in self._layout.kinds
@@ -357,7 +362,7 @@ class _Rank:
       'residuals': _zeros(self._residuals.shapes),
       'cut': _zeros(self._cut.shapes),
       'dparams': {
-        k: _empty(jax.tree.map(lambda a: a[0], self._params[k]), n)
+        k: _empty(jax.tree.map(lambda a: a[0], self._params[k]), n, jnp.float32)
         for k, n in layers.items()
       },
       'stats': {k: _empty(self._splits[k].stats, n) for k, n in layers.items()},
@@ -465,12 +470,14 @@ class _Rank:
   def _head_grad(self, micro, y):
     """(report, gradients of the outer parameters, of y)."""
 
-    def loss(outer, y):
+    def loss(slots, y):
+      outer = sharding.widen(self._outer, slots)
       return self._program.head(
         outer, self._outer_state, y, micro, self._scalars
       )
 
-    grads, report = jax.grad(loss, (0, 1), has_aux=True)(self._outer, y)
+    slots = sharding.slots(self._outer)
+    grads, report = jax.grad(loss, (0, 1), has_aux=True)(slots, y)
     return report, *grads
 
   def _head(self, at, micro, y, carry):
@@ -486,8 +493,12 @@ class _Rank:
 
   def _embed_grad(self, at, micro, dx, douter):
     def add(total):
-      embed = functools.partial(self._program.embed, micro=micro)
-      _, vjp = jax.vjp(embed, self._outer['embed'])
+      table = self._outer['embed']
+
+      def embed(slot):
+        return self._program.embed(sharding.widen(table, slot), micro)
+
+      _, vjp = jax.vjp(embed, sharding.slots(table))
       return total + vjp(dx)[0]
 
     return {**douter, 'embed': _if(at['ends'], add, douter['embed'])}

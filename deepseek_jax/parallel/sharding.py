@@ -10,6 +10,8 @@ its share of a total, exactly as a micro-batch's are.
 Without a mesh, nothing here does anything.
 """
 
+import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,6 +21,27 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from deepseek_jax.parallel import rules
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Copy:
+  """A parameter for the length of a step, and the place of its gradient.
+
+  Attributes:
+    values: a device's part in the compute dtype.
+    slot: float32 zeros of that shape, which nobody reads.  The gradient comes
+      back as theirs: one of `values` would have their dtype, and so be rounded
+      before it is added to others (V3 section 3.3.3 keeps them in float32).
+  """
+
+  values: jax.Array
+  slot: jax.Array
+
+
+def slots(params: Any) -> Any:
+  """Zeros like `params` in float32, by which to differentiate."""
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
 
 
 def axis_sizes() -> Mapping[str, int]:
@@ -64,13 +87,48 @@ def apart(x: jax.Array) -> jax.Array:
 
 
 def gather(x: jax.Array, have: PartitionSpec, want: PartitionSpec) -> jax.Array:
-  """A device's part by `have` to its part by `want`, which divides less.
-
-  The derivative of this is the matching reduce-scatter.
-  """
+  """A device's part by `have` to its part by `want`, which divides less."""
   for dim, axes in _extra(have, want):
     x = all_gather(x, axes, dim)
   return x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def collect(copy: Copy, have: PartitionSpec, want: PartitionSpec) -> jax.Array:
+  """`gather` of the values, as float32: for layers a master weight like others.
+
+  Who casts it to the compute dtype again gets the copy itself.  The derivative
+  is the matching reduce-scatter, in float32, to the slot.
+  """
+  return gather(copy.values, have, want).astype(jnp.float32)
+
+
+def _collect_fwd(copy, have, want):
+  return collect(copy, have, want), None
+
+
+def _collect_bwd(have, want, _, gradient):
+  return (Copy(None, _scatter(gradient, want, have)),)
+
+
+collect.defvjp(_collect_fwd, _collect_bwd)
+
+
+def widen(params: Any, slots: Any) -> Any:
+  """`collect` of what is whole already."""
+  whole = PartitionSpec()
+  return jax.tree.map(
+    lambda x, slot: collect(Copy(x, slot), whole, whole), params, slots
+  )
+
+
+def _scatter(
+  gradient: jax.Array, have: PartitionSpec, want: PartitionSpec
+) -> jax.Array:
+  """This device's part by `want` of the sum of all devices' parts by `have`."""
+  for dim, axes in _extra(want, have):
+    gradient = psum_scatter(gradient, axes, dim)
+  return gradient
 
 
 def reduce(
@@ -80,15 +138,14 @@ def reduce(
 
   Args:
     gradient: of this device's sequences, with respect to its part by `have`.
-    have: its axes are already summed over, by the derivative of `gather` and
+    have: its axes are already summed over, by the derivative of `collect` and
       of the experts' all-to-all.
     want: divides more than `have`.
 
   Returns:
     This device's part by `want` of the sum over the whole batch.
   """
-  for dim, axes in _extra(want, have):
-    gradient = psum_scatter(gradient, axes, dim)
+  gradient = _scatter(gradient, have, want)
   done = {axis for entry in want for axis in rules.axes_of(entry)}
   rest = tuple(axis for axis in shards(rules.BATCH) if axis not in done)
   return lax.psum(gradient, rest) if rest else gradient
@@ -97,10 +154,7 @@ def reduce(
 def all_gather(
   x: jax.Array, axes: str | tuple[str, ...], dim: int
 ) -> jax.Array:
-  """Puts all devices' `x` in a row along `dim`.
-
-  The derivative is `psum_scatter`, also where that is not lax's.
-  """
+  """Puts all devices' `x` in a row along `dim`."""
   if not _reduces_through_gloo():
     return lax.all_gather(x, axes, axis=dim, tiled=True)
   copies = jnp.broadcast_to(x, (lax.axis_size(axes), *x.shape))

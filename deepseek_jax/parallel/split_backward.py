@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from deepseek_jax.parallel import turns
+from deepseek_jax.parallel import sharding, turns
 
 # Calls that are replaced by their body, so that their equations can be sorted.
 _INLINED = (
@@ -138,9 +138,11 @@ def _needed(equations, wanted: Iterable[Any], given: set[_Var]):
 def _merge_static(equations, static: set[_Var]) -> list[_Equation]:
   """Lets equal functions of `static` alone be computed once.
 
-  Both passes cast the same weights, and a rematerialised layer once more.
+  Both passes cast the same weights, and a rematerialised layer once more.  What
+  is made wider and narrow again is what it was.
   """
   static, known, same, result = set(static), {}, {}, []
+  narrow = {}
   for e in equations:
     inputs = tuple(
       same.get(v, v) if isinstance(v, _Var) else v for v in e.inputs
@@ -153,6 +155,12 @@ def _merge_static(equations, static: set[_Var]) -> list[_Equation]:
       types = tuple(str(v.aval) for v in e.outputs)
       key = e.eqn.primitive, atoms, types, str(e.eqn.params)
       same.update(zip(e.outputs, known.setdefault(key, e.outputs)))
+      if e.eqn.primitive.name == 'convert_element_type' and e.reads:
+        [x], [y] = e.reads, e.outputs
+        if _bytes(y) > _bytes(x):
+          narrow[y] = x
+        elif x in narrow and narrow[x].aval.dtype == y.aval.dtype:
+          same[y] = narrow[x]
   return result
 
 
@@ -272,6 +280,8 @@ def split(
   Args:
     function: gives (y, stats); there is no gradient of `stats`.
     params: differentiated; arrays or their shapes, as the other arguments.
+      In float32, whatever their dtype: so `function` gets them, and so its
+      gradients are.
     state: belongs to `params`, but is not differentiated.
     x: differentiated.
     aux: not differentiated, and at hand in both passes: never a residual.
@@ -279,9 +289,10 @@ def split(
   treedefs = []
 
   def forward(params, state, x, aux):
-    y, vjp, stats = jax.vjp(
-      lambda p, x: function(p, state, x, aux), params, x, has_aux=True
-    )
+    def run(slots, x):
+      return function(sharding.widen(params, slots), state, x, aux)
+
+    y, vjp, stats = jax.vjp(run, sharding.slots(params), x, has_aux=True)
     leaves, treedef = jax.tree.flatten(vjp)
     treedefs.append(treedef)
     return y, stats, leaves

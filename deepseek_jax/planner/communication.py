@@ -152,7 +152,7 @@ def parameter_traffic(
   Gradients are summed once over all copies, in float32: an all-reduce, or with
   ZeRO-1 a reduce-scatter, after which the new weights are gathered in the
   compute dtype.  With FSDP each forward pass and each backward pass gathers the
-  weights, and each backward pass scatters their gradients.
+  weights, and each backward pass scatters their float32 gradients.
   """
   parallel, width = config.parallel, formats.width(config)
   result = []
@@ -164,9 +164,13 @@ def parameter_traffic(
     if not parallel.zero1:
       back = (f'gradients{whose}, sums', 4)
     result += _collective(parallel, axes, back[0], back[1] * own)
-    for what in ('weights{}, forward', 'weights{}, backward', 'gradients{}'):
-      size = count * width * forwards
-      result += _collective(parallel, ('fsdp',), what.format(whose), size)
+    for what, size in (
+      ('weights{}, forward', width),
+      ('weights{}, backward', width),
+      ('gradients{}', 4),
+    ):
+      name, held_bytes = what.format(whose), count * size * forwards
+      result += _collective(parallel, ('fsdp',), name, held_bytes)
   return result
 
 

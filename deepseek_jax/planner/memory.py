@@ -61,7 +61,7 @@ def of_rank(
   kept = {c: activations.of_stage(config, s, rows) for c, s in hosted.items()}
   # One micro-batch's gradients beside the sum; a pipeline adds in place.
   accumulates = communication.microbatches(config) > 1 and schedule is None
-  gradients = (4 + (4 if is_alone else width) * accumulates) * step
+  gradients = 4 * (1 + accumulates) * step
   # The losses come first: then there are no other gradients yet, unless some
   # micro-batch is over.
   later = 0 if schedule or accumulates else gradients
@@ -98,9 +98,7 @@ def of_program(config: Config, schedule: Schedule | None = None) -> Memory:
     + s.moe * activations.deferred(config, True, rows)
     for s in layers
   )
-  given = width * on_device(
-    placement.held(config.model, [stage]), config.parallel
-  )
+  given = 4 * on_device(placement.held(config.model, [stage]), config.parallel)
   mtp = Stage(0, 0, config.model.n_mtp_layers, True, True)
   head = activations.of_stage(config, mtp, rows) + _working(
     config, mtp, rows, 0

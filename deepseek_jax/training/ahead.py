@@ -103,18 +103,18 @@ def moe_layer(config: Config, devices: Sequence[jax.Device]) -> Program:
   variables = nn.meta.unbox(declared)
 
   def gradients(params, state, x, mask, dy):
-    def apply(params, x):
+    def apply(own, x):
       if layout is not None:
-        whole = layout.used
-        params = jax.tree.map(sharding.gather, params, layout.step, whole)
-      y, _ = layer.apply({'params': params, 'router_state': state}, x, mask)
+        own = layout.collect_top(jax.tree.map(sharding.Copy, params, own))
+      y, _ = layer.apply({'params': own, 'router_state': state}, x, mask)
       return y
 
+    own = params
     if layout is not None:
       params = layout.step_copy(params)
-    y, vjp = jax.vjp(apply, params, x)
+      own = sharding.slots(params)
+    y, vjp = jax.vjp(apply, own, x)
     dparams, dx = vjp(dy)
-    dparams = jax.tree.map(lambda g: g.astype(jnp.float32), dparams)
     return y, dx, dparams if layout is None else layout.reduce(dparams)
 
   everywhere = batch = SingleDeviceSharding(devices[0])

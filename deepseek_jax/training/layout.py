@@ -5,12 +5,14 @@ optimizer works on the stored parts, elementwise, and needs no collective but
 for norms.  What crosses devices, per step:
 
 - ZeRO-1: parameters are collected once in the compute dtype (`step_copy`), and
-  float32 gradients summed into their stored parts (`reduce`).
+  gradients summed into their stored parts (`reduce`).
 - FSDP: each layer's parameters are collected before its forward and its
   backward pass (`collect_layer`), the gradients summed into parts after it.
 - a pipeline: whatever divides them, a rank collects the parameters of its
   layers once, whole, and gives their gradients back once (`placement.collect`).
 - otherwise gradients are summed once, after the last micro-batch (`reduce`).
+
+Gradients are float32 from their product on (`sharding.Copy`).
 """
 
 import contextlib
@@ -138,7 +140,10 @@ class Layout:
     return jax.tree.map(sharding.reduce, gradients, self.step, self.stored)
 
   def collect_top(self, params: Any) -> Any:
-    """Per device: a step's parts, whole for all that is not in a stack."""
+    """Per device: a step's parts, whole for all that is not in a stack.
+
+    `sharding.Copy`s become float32, as they do in `collect_layer`.
+    """
     top = {k: v for k, v in params.items() if k not in _STACKS}
     step, used = ({k: t[k] for k in top} for t in (self.step, self.used))
     return {**params, **_map(_gather, top, step, used)}
@@ -236,8 +241,12 @@ class Layout:
 
 
 def _map(function, params, *rest):
-  """`jax.tree.map` for which a weight in FP8 is one leaf."""
-  return jax.tree.map(function, params, *rest, is_leaf=quantize.is_leaf)
+  """`jax.tree.map` for which a weight in FP8, or a `Copy`, is one leaf."""
+
+  def is_leaf(x):
+    return quantize.is_leaf(x) or isinstance(x, sharding.Copy)
+
+  return jax.tree.map(function, params, *rest, is_leaf=is_leaf)
 
 
 def _cast(x, dtype):
@@ -247,6 +256,8 @@ def _cast(x, dtype):
 
 def _gather(x, have, want):
   """`sharding.gather`, of a weight in FP8 as codes: its scales are whole."""
+  if isinstance(x, sharding.Copy):
+    return sharding.collect(x, have, want)
   if not quantize.is_leaf(x):
     return sharding.gather(x, have, want)
   return dataclasses.replace(x, codes=sharding.gather(x.codes, have, want))

@@ -226,12 +226,8 @@ def objective(
 def _accumulate(
   loss_fn: Callable[[Any, Batch], Any], params: Any, batch: Batch
 ):
-  """Sums `loss_fn`'s gradients, in float32, and reports over micro-batches."""
-
-  def grad_fn(params, micro_batch):
-    grads, aux = jax.grad(loss_fn, has_aux=True)(params, micro_batch)
-    return jax.tree.map(lambda g: g.astype(jnp.float32), grads), aux
-
+  """Sums `loss_fn`'s float32 gradients, and reports, over micro-batches."""
+  grad_fn = jax.grad(loss_fn, has_aux=True)
   first = jax.tree.map(lambda x: x[0], batch)
   if jax.tree.leaves(batch)[0].shape[0] == 1:
     return grad_fn(params, first)
@@ -253,14 +249,15 @@ def make_gradients(model, config, loss_fn, layout):
   """
 
   def sums(params, router_state, batch, hyper, totals):
-    def loss_of(params, micro_batch):
+    def loss_of(own, micro_batch):
       if layout:
-        params = layout.collect_top(params)
+        own = layout.collect_top(jax.tree.map(sharding.Copy, params, own))
       return loss_fn(
-        model, config, params, router_state, micro_batch, hyper, totals
+        model, config, own, router_state, micro_batch, hyper, totals
       )
 
-    return _accumulate(loss_of, params, batch)
+    own = sharding.slots(params) if layout else params
+    return _accumulate(loss_of, own, batch)
 
   if layout is None:
     return sums
