@@ -1,10 +1,12 @@
 """Metrics files, plots and progress: resumed, damaged, incomplete."""
 
+import errno
 import io
 import json
 import pathlib
 import struct
 import tempfile
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -135,6 +137,15 @@ class WriterTest(parameterized.TestCase):
       expected['max_vio/0', step] = 0.5
       expected['max_vio/1', step] = 1.5
     self.assertEqual(found, expected)
+
+  def test_a_full_disk_ends_the_run(self):
+    full = OSError(errno.ENOSPC, 'No space left on device')
+    with metrics.Writer(self.workdir) as writer:
+      writer.write(0, {'loss': 1.0})
+      where = 'tensorboardX.record_writer.RecordWriter.write'
+      refused = self.assertRaisesRegex(OSError, 'No space left')
+      with mock.patch(where, side_effect=full), refused:
+        writer.write(1, {'loss': 1.0})
 
 
 class PlotsTest(parameterized.TestCase):

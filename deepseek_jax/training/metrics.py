@@ -11,12 +11,14 @@ import json
 import math
 import os
 import pathlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 FILE = 'metrics.jsonl'
+_FLUSH_SECONDS = 10  # Of events: each is a wait for the disk.
 
 
 def max_vio(load_LE: Any) -> Any:
@@ -50,8 +52,6 @@ class Writer(contextlib.AbstractContextManager):
 
   def __init__(self, workdir: str | os.PathLike, first_step: int = 0):
     """Opens `workdir`, made if need be, for steps from `first_step` on."""
-    import tensorboardX  # Slow to import, and only training writes.
-
     directory = pathlib.Path(workdir)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / FILE
@@ -59,9 +59,7 @@ class Writer(contextlib.AbstractContextManager):
       os.truncate(path, _end_before(path, first_step))
     self._next_step = first_step
     self._lines = path.open('a', encoding='utf-8')
-    self._events = tensorboardX.SummaryWriter(
-      str(directory / 'tensorboard'), purge_step=first_step, flush_secs=10
-    )
+    self._events = _Events(directory / 'tensorboard', first_step)
 
   def write(self, step: int, metrics: dict[str, Any]) -> None:
     """Records numbers or arrays, of numpy or of jax; steps must increase.
@@ -76,12 +74,14 @@ class Writer(contextlib.AbstractContextManager):
     record.update({name: _encode(_plain(a)) for name, a in arrays.items()})
     self._lines.write(json.dumps(record, allow_nan=False) + '\n')
     self._lines.flush()
+    scalars = {}
     for name, array in arrays.items():
       if array.ndim == 0:
-        self._events.add_scalar(name, float(array), step)
+        scalars[name] = float(array)
       elif array.ndim == 1:
-        for i, value in enumerate(array):
-          self._events.add_scalar(f'{name}/{i}', float(value), step)
+        parts = {f'{name}/{i}': float(x) for i, x in enumerate(array)}
+        scalars.update(parts)
+    self._events.write(step, scalars)
 
   def close(self) -> None:
     """Closes both files."""
@@ -90,6 +90,50 @@ class Writer(contextlib.AbstractContextManager):
 
   def __exit__(self, *_) -> None:
     self.close()
+
+
+class _Events:
+  """TensorBoard's file of scalars, flushed every ten seconds.
+
+  `SummaryWriter` writes in a thread, which a full disk ends; the run would then
+  wait for it without end.  Here the step that cannot be written raises.
+  """
+
+  def __init__(self, directory: pathlib.Path, first_step: int):
+    # Slow to import, and only training writes.
+    from tensorboardX import event_file_writer
+    from tensorboardX.proto import event_pb2, summary_pb2
+
+    directory.mkdir(exist_ok=True)
+    self._file = event_file_writer.EventsWriter(str(directory / 'events'))
+    self._event = event_pb2.Event
+    self._summary = summary_pb2.Summary
+    # TensorBoard hides what earlier files have from this step on.
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._add(first_step, session_log=start)
+    self._flush()
+
+  def write(self, step: int, scalars: dict[str, float]) -> None:
+    """Records numbers by their names."""
+    values = [
+      self._summary.Value(tag=name, simple_value=value)
+      for name, value in scalars.items()
+    ]
+    self._add(step, summary=self._summary(value=values))
+    if time.monotonic() > self._flushed + _FLUSH_SECONDS:
+      self._flush()
+
+  def close(self) -> None:
+    """Flushes and closes the file."""
+    self._file.close()
+
+  def _add(self, step, **content):
+    event = self._event(wall_time=time.time(), step=step, **content)
+    self._file.write_event(event)
+
+  def _flush(self):
+    self._file.flush()
+    self._flushed = time.monotonic()
 
 
 def _records(path: pathlib.Path) -> Iterator[tuple[dict[str, Any], int]]:
