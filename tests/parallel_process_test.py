@@ -151,13 +151,14 @@ def _check_another_layout_goes_on(start, workdir):
   assert rows[-1]['loss'] < rows[0]['loss'] - 0.3  # It had learnt.
 
 
-# One of two processes has another seed, and then another corpus.
+# One of two processes has another seed, then a disk of its own in the workdir's
+# place, and then another corpus.
 _DIFFERS = """
-import dataclasses, sys
+import contextlib, dataclasses, sys
 from deepseek_jax import config, presets
 from deepseek_jax.data import pipeline
 from deepseek_jax.evaluation import run
-from deepseek_jax.training import process
+from deepseek_jax.training import checkpoint, process
 workdir, where, i = sys.argv[1:]
 changes = dict(
   data=2, cpu_devices=1, num_processes=2, process_id=int(i), coordinator=where
@@ -170,6 +171,15 @@ try:
   process.check_flags(workdir, config.leaves(config.replace(here, seed)))
 except ValueError as error:
   print(error, flush=True)
+disk = workdir + '/disk' + i
+first = checkpoint.lock(disk) if i == '0' else contextlib.nullcontext()
+with first:
+  process.meet()
+  try:
+    checkpoint.check_shared(disk)
+  except ValueError as error:
+    print(error, flush=True)
+  checkpoint.check_shared(workdir + '/disk0')
 load = pipeline.load
 pipeline.load = lambda *of: dataclasses.replace(load(*of), fingerprint=i)
 run.train(here, workdir)
@@ -184,6 +194,8 @@ def test_processes_that_differ_are_refused(start, tmp_path):
     assert status == 1, text
     other = f'process 1 has another value than process 0 (here {i})'
     assert f'train.seed: {other}; start all with the same' in text
+    disk = f'what is in --workdir={tmp_path}/disk{i}: process 1 has another'
+    assert disk in text
     other = other.replace(f'{i})', f"'{i}')")
     assert (
       f'ERROR: process {i} of 2: data.source and its tokens: {other}' in text

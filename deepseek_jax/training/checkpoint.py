@@ -93,6 +93,22 @@ def lock(workdir: str | os.PathLike) -> Iterator[None]:
     yield
 
 
+def check_shared(workdir: str | os.PathLike) -> None:
+  """Returns when every process has come here, and sees the same `workdir`.
+
+  Args:
+    workdir: of the run; the first process holds its `lock`.
+
+  Raises:
+    ValueError: in every process, if one sees another disk, or what the first
+      has not written.
+  """
+  workdir = pathlib.Path(workdir)
+  seen = {path.name for path in _checkpoints(workdir).glob('*')}
+  locks = [path.read_text() for path in workdir.glob('.lock')]
+  process.check_same({f'what is in --workdir={workdir}': (locks, sorted(seen))})
+
+
 class ConfigMismatch(ValueError):
   """The checkpoint is readable, but is not what this run asks for."""
 

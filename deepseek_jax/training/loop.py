@@ -78,6 +78,7 @@ def train(
       stack.enter_context(checkpoint.lock(workdir))
     leaves = config_lib.leaves(config)
     process.check_flags(str(workdir), leaves)  # With the lock, or not at all.
+    checkpoint.check_shared(workdir)
     _announce(config, workdir, base, model, layout)
     saver = stack.enter_context(checkpoint.Checkpointer(workdir, config))
     tx = optimizer.adamw(config.optim, config.precision)
