@@ -1,5 +1,7 @@
 """Several processes as one run, one of them killed, and other layouts after it.
 
+What one of them saved last is damaged, so that the other alone could read it.
+
 The processes are real, with four CPU devices each; the steps of a test follow
 one another in one workdir, because each start compiles for a minute.
 """
@@ -15,7 +17,7 @@ import pytest
 from deepseek_jax.training import checkpoint, metrics
 from experiments import launch
 from tests import processes, tolerances
-from tests.records import without_speeds
+from tests.records import first_gradients, without_speeds
 
 _TRAIN = (
   '-m',
@@ -25,9 +27,12 @@ _TRAIN = (
   '--model.n_mtp_layers=0',
   '--train.steps=60',
   '--train.save_every=4',
+  '--train.keep=60',
   '--train.eval_every=60',
   '--optim.ema_decay=0.9',
+  '--precision.mu_dtype=float32',
 )
+_OFTEN = '--train.save_every=1'
 _TWO = ('--parallel.data=2', '--parallel.expert=4', '--parallel.zero1')
 
 
@@ -43,6 +48,7 @@ def _start_pair(start, workdir):
     start(
       *_TRAIN,
       *_TWO,
+      _OFTEN,
       f'--workdir={workdir}',
       '--parallel.cpu_devices=4',
       '--parallel.num_processes=2',
@@ -68,12 +74,26 @@ def _has_begun(workdir):
   return (workdir / '.lock').exists() and (workdir / '.lock').read_text()
 
 
-def _can_go_on(workdir):
-  """Whether a checkpoint is complete, and steps behind it are recorded."""
+def _saved(workdir):
+  """Steps of complete checkpoints."""
   names = [path.name for path in workdir.glob('checkpoints/*')]
-  saved = [int(name) for name in names if name.isdigit()]  # Complete ones.
-  rows = metrics.read(workdir)
-  return saved and rows and rows[-1]['step'] > min(saved)
+  return sorted(int(name) for name in names if name.isdigit())
+
+
+def _can_go_on(workdir):
+  """Whether steps behind the first of two complete checkpoints are recorded."""
+  saved, rows = _saved(workdir), metrics.read(workdir)
+  return len(saved) > 1 and rows and rows[-1]['step'] > saved[0]
+
+
+def _damage(workdir):
+  """Cuts in half what process 1 wrote of the newest checkpoint: its step."""
+  newest = _saved(workdir)[-1]
+  item = workdir / 'checkpoints' / str(newest) / 'opt_state'
+  files = (item / 'ocdbt.process_1' / 'd').iterdir()
+  largest = max(files, key=lambda path: path.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+  return newest
 
 
 @pytest.mark.slow
@@ -92,7 +112,7 @@ def test_a_killed_process_ends_the_run_which_then_goes_on(start, tmp_path):
   assert status, text
   assert 'lost another one' in text or 'another task died' in text, text
   assert pair[1].finish()[0] == -signal.SIGKILL
-  before = metrics.read(workdir)
+  before, damaged = metrics.read(workdir), _damage(workdir)
 
   # The same command goes on, bitwise; this time through the launcher.
   status, text = start(
@@ -102,7 +122,8 @@ def test_a_killed_process_ends_the_run_which_then_goes_on(start, tmp_path):
   ).finish()  # fmt: skip
   assert status == 0, text
   resumed = int(text.split('resuming after step ')[1].split()[0])
-  assert 4 <= resumed <= before[-1]['step'] + 1
+  assert 1 <= resumed < damaged <= before[-1]['step'] + 1
+  assert len(list((workdir / 'damaged').iterdir())) == 1
   after = metrics.read(workdir)
   assert [row['step'] for row in after] == list(range(60))
   rows = after[: len(before)]
@@ -115,8 +136,10 @@ def test_a_killed_process_ends_the_run_which_then_goes_on(start, tmp_path):
 
 
 def _check_one_device_is_the_same(start, workdir, one):
-  status, text = start(*_TRAIN, f'--workdir={one}').finish()
+  status, text = start(*_TRAIN, _OFTEN, f'--workdir={one}').finish()
   assert status == 0, text
+  gradients = map(first_gradients, (workdir, one))
+  tolerances.assert_close(*gradients, tolerances.COMPONENT_PARITY)
   pairs = zip(metrics.read(workdir)[:10], metrics.read(one))
   for row, full in (without_speeds(pair) for pair in pairs):
     # A choice may fall on a tie.

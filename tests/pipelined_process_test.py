@@ -15,7 +15,7 @@ import pytest
 
 from deepseek_jax.training import checkpoint, metrics
 from tests import tolerances
-from tests.records import without_speeds
+from tests.records import first_gradients, without_speeds
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _TRAIN = (
@@ -68,13 +68,6 @@ def _run(workdir, steps, *arguments, launch=()):
   return done.stdout
 
 
-def _gradients(workdir):
-  """Those of the first step, clipped: Adam's first moments hold no others."""
-  with checkpoint._manager(workdir, read_only=True, create=False) as manager:
-    state = checkpoint._read_as_saved(manager, 1, 'opt_state', None)
-  return state['mu']
-
-
 def _numbers(workdir):
   """What does not depend on the machine's speed, of each step."""
   return without_speeds(metrics.read(workdir))
@@ -100,7 +93,7 @@ def test_two_processes_then_another_pipeline(tmp_path):
     del row['max_vio']
     full = {name: full[name] for name in row}
     tolerances.assert_close(row, full, tolerances.DEEP_MODEL)
-  gradients = _gradients(workdir), _gradients(one)
+  gradients = map(first_gradients, (workdir, one))
   tolerances.assert_close(*gradients, tolerances.DEEP_MODEL)
   for use_ema in (False, True):
     (_, actual, step), (_, wanted, _) = (

@@ -28,6 +28,7 @@ from deepseek_jax.ops import quantize
 from deepseek_jax.training import process
 from deepseek_jax.training import state as state_lib
 
+_ITEMS = ('model', 'opt_state', 'ema', 'amax', 'meta')  # Of a checkpoint.
 _ABSENT = '(absent)'
 # A change of these leaves changes the shape, the type or the meaning of what is
 # stored; every other leaf may change between two starts, and is logged.
@@ -229,15 +230,18 @@ class Checkpointer:
     had_amax = _has_amax(meta['config'])
     if like.amax and had_amax:
       items['amax'] = ocp.args.StandardRestore(_abstract(like.amax))
-    read = self._manager.restore(step, args=ocp.args.Composite(**items))
-    amax = read.amax if like.amax and had_amax else _zeros(like.amax)
+    read = {
+      item: _restore(self._manager, step, item, args)
+      for item, args in items.items()
+    }
+    amax = read['amax'] if like.amax and had_amax else _zeros(like.amax)
     state = state_lib.TrainState(
-      step=jax.device_put(np.int32(meta['step']), _sharding(like.step)),
-      opt_state=read.opt_state,
+      step=_placed_alone(np.int32(meta['step']), like.step),
+      opt_state=read['opt_state'],
       amax=amax,
-      **read.model,
+      **read['model'],
     )
-    return state, meta['data_state'], read.ema if meta['has_ema'] else None
+    return state, meta['data_state'], read.get('ema')
 
   def _set_aside(self, damaged):
     for step in damaged if process.is_first() else ():
@@ -321,15 +325,28 @@ def _manager(workdir, **options):
 
   return ocp.CheckpointManager(
     _checkpoints(workdir),
-    item_handlers={
-      'model': ocp.StandardCheckpointHandler(),
-      'opt_state': ocp.StandardCheckpointHandler(),
-      'ema': ocp.StandardCheckpointHandler(),
-      'amax': ocp.StandardCheckpointHandler(),
-      'meta': ocp.JsonCheckpointHandler(),
-    },
+    item_handlers={item: _handler(item) for item in _ITEMS},
     options=ocp.CheckpointManagerOptions(**options),
   )
+
+
+def _handler(item):
+  import orbax.checkpoint as ocp
+
+  is_json = item == 'meta'
+  return (
+    ocp.JsonCheckpointHandler() if is_json else ocp.StandardCheckpointHandler()
+  )
+
+
+def _restore(manager, step, item, args):
+  """One item, read by this process alone.
+
+  `manager.restore` ends with a collective.  Where one process cannot read, it
+  has gone on to another, and gloo ends processes that take them for the same.
+  """
+  with contextlib.closing(_handler(item)) as handler:
+    return handler.restore(manager.directory / str(step) / item, args=args)
 
 
 def _newest_readable(manager, read):
@@ -355,8 +372,8 @@ def _try_to_read(manager, read, step):
   import orbax.checkpoint as ocp
 
   try:
-    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    return read(step, manager.restore(step, args=args).meta), None
+    meta = _restore(manager, step, 'meta', ocp.args.JsonRestore())
+    return read(step, meta), None
   except ConfigMismatch:
     raise
   # Damage shows as any of a dozen types, from JSON, orbax and tensorstore.
@@ -388,8 +405,7 @@ def _read_as_saved(manager, step, item, shardings):
   like = _abstract(manager.item_metadata(step)[item].tree)
   if shardings:
     like = _placed(like, shardings)
-  args = ocp.args.Composite(**{item: ocp.args.StandardRestore(like)})
-  return manager.restore(step, args=args)[item]
+  return _restore(manager, step, item, ocp.args.StandardRestore(like))
 
 
 def _placed(like, shardings):
@@ -412,8 +428,17 @@ def _has_amax(config):
 
 def _zeros(like):
   return jax.tree.map(
-    lambda x: jax.device_put(np.zeros(x.shape, x.dtype), _sharding(x)), like
+    lambda x: _placed_alone(np.zeros(x.shape, x.dtype), x), like
   )
+
+
+def _placed_alone(value, like):
+  """`value` where `like` lies, without the collective of `jax.device_put`.
+
+  That compares the values of all processes, of which one may not come here.
+  """
+  value, where = np.asarray(value), _sharding(like)
+  return jax.make_array_from_callback(value.shape, where, value.__getitem__)
 
 
 def _sharding(x):

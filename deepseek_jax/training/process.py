@@ -212,7 +212,7 @@ def together() -> Iterator[None]:
       raise
     who = f'process {jax.process_index()} of {jax.process_count()}'
     notes = ''.join(f'\n{note}' for note in getattr(error, '__notes__', ()))
-    if lost_another(error) and not notes:
+    if lost_another(error):
       text = (
         f'{who} lost another one, whose own last lines say why.  All end; the '
         f'same command goes on from the newest checkpoint.\n{error}'
