@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +12,11 @@ from absl.testing import absltest, parameterized
 
 from deepseek_jax import config as config_lib
 from deepseek_jax import presets
-from deepseek_jax.layers import moe
+from deepseek_jax.layers import moe, stack
 from deepseek_jax.models import deepseek
 from deepseek_jax.training import optimizer, schedules, step
 from deepseek_jax.training.state import TrainState
-from tests import tolerances
+from tests import jaxprs, tolerances
 from tests.drawn import draw
 
 _LENGTH = 17
@@ -164,6 +165,36 @@ class StepTest(parameterized.TestCase):
     self.assertLess(selective, none)
     mean = (none + full) / 2  # But for some scalars.
     self.assertAlmostEqual(kept('alternate'), mean, delta=8)
+
+  @parameterized.parameters('none', 'selective')
+  def test_mtp_computes_no_more_again_than_its_block(self, policy):
+    """It has three products more: `eh_proj`'s, and its two gradients."""
+    model = step.build_model(make_config())
+    layers, stacks = model._layers(), nn.meta.unbox(step.declare(model))
+    shape = make_batch()['tokens'].shape
+    x_BTD = jax.ShapeDtypeStruct((*shape, model.config.dim), jnp.float32)
+    rest = jnp.zeros(shape, jnp.int32), None, jnp.ones(shape)
+
+    def products(name, streams):
+      apply = stack.rematerialised(layers[name][0].apply, policy)
+      variables = {
+        collection: jax.tree.map(
+          lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), tree[name]
+        )
+        for collection, tree in stacks.items()
+      }
+
+      def loss(params, state, *xs):
+        both = {'params': params, 'router_state': state}
+        return (apply(both, *xs, *rest)[0] ** 2).sum()
+
+      traced = jax.make_jaxpr(jax.grad(loss, (0, 2)))(
+        variables['params'], variables['router_state'], *streams * [x_BTD]
+      )
+      names = [e.primitive.name for e, _ in jaxprs.equations(traced.jaxpr)]
+      return names.count('dot_general')
+
+    self.assertEqual(products('mtp', 2), products('moe_layers', 1) + 3)
 
   def test_padding(self):
     """Longer rows, a row of nothing, other ids in the padding."""

@@ -14,7 +14,7 @@ from deepseek_jax.parallel import halves
 # attention's output, the residual stream behind it, the routing and SwiGLU's
 # inputs.  RMSNorms, the MLA up-projections and SwiGLU's output are computed
 # again (V3 section 3.2.3).  In FP8, attention's output and SwiGLU's inputs are
-# kept as codes.
+# kept as codes.  Of an MTP module also what goes into its block, and comes out.
 _SELECTIVE = (
   'wq_a',
   'wkv_a',
@@ -24,6 +24,8 @@ _SELECTIVE = (
   'routing',
   'dispatched',
   'ffn_up',
+  'eh_proj',
+  'mtp_out',
 )
 
 # Keeps every matmul's result and computes the cheap rest again, which is faster
@@ -36,7 +38,6 @@ _NO_MATMUL_TWICE = (
   'wk',
   'wv',
   'w2',
-  'eh_proj',
   'linear_in',
 )
 

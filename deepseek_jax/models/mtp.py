@@ -74,4 +74,5 @@ class MTP(nn.Module):
     x_BTD, *rest = block(
       x_BTD, positions_BT, segments_BT, mask_BT, cache, prefill
     )
-    return norm('norm', x_BTD), *rest
+    # The gradient of `norm` needs it, and else would run the experts again.
+    return norm('norm', checkpoint_name(x_BTD, 'mtp_out')), *rest
