@@ -1,9 +1,12 @@
-"""Compiles a run's step, or its MoE layer, for GPUs that are not here.
+"""Compiles a run's step, or other programs, for GPUs that are not here.
 
     python -m experiments.compile --preset=deepseek_v3 --what=moe_layer \
       --parallel.node=8 --parallel.expert=8 --train.micro_batch_size=64
     python -m experiments.compile --preset=deepseek_v2_lite --parallel.fsdp=8 \
       --train.micro_batch_size=8 --data.batch_size=8 --topology=h200
+    python -m experiments.compile --preset=deepseek_v3 --what=decode \
+      --parallel.node=8 --parallel.expert=8 --data.batch_size=1024 \
+      --data.batch_size_start=0 --train.micro_batch_size=0 --speculative=1
 
 Prints the kernels that were chosen, the memory of each device beside the
 planner's, what crosses each axis of the mesh, and how long compiling took.  Of
@@ -12,11 +15,15 @@ pass is counted, and so is one of whatever a pipeline's tick may leave out (the
 head, the sums of gradients), which as work beside a collective counts for
 nothing.  Of a pipeline's branches a rank takes one at a tick; the table counts
 all of them at every tick, which is more than any rank sends to its experts.
+Generation (`prefill`, a chunk of every prompt, or `decode`, a pass over every
+text, with `--speculative` drafts) is of `--data.batch_size` texts, each of
+`--data.seq_len` tokens, by weights in the compute dtype.
 The devices are `--parallel`'s; JAX's CUDA plugin is needed, not CUDA: see
 deepseek_jax/parallel/topology.py.
 """
 
 import os
+import time
 from typing import TextIO
 
 from absl import flags as absl_flags
@@ -24,7 +31,13 @@ from absl import flags as absl_flags
 from deepseek_jax import flags
 
 _WHAT = absl_flags.DEFINE_enum(
-  'what', 'train_step', ['moe_layer', 'train_step'], 'What is compiled.'
+  'what',
+  'train_step',
+  ['decode', 'moe_layer', 'prefill', 'train_step'],
+  'What is compiled.',
+)
+_SPECULATIVE = absl_flags.DEFINE_integer(
+  'speculative', 0, 'As of `generate`.', lower_bound=0
 )
 _TOPOLOGY = absl_flags.DEFINE_string('topology', 'h100', 'h100 or h200.')
 _OVERLAP = absl_flags.DEFINE_bool(
@@ -41,20 +54,48 @@ def _open() -> TextIO:
     raise ValueError(f'--hlo={_HLO.value}: {error.strerror}') from error
 
 
+def _generation(config, devices):
+  """`prefill` or `decode`."""
+  from deepseek_jax.inference import ahead as inference
+  from deepseek_jax.training import ahead
+  from deepseek_jax.training import layout as layout_lib
+
+  started = time.perf_counter()
+  weights = ahead.weights(config, devices)
+  with layout_lib.ambient(weights.layout):
+    served = inference.serve(
+      weights.model,
+      weights.variables,
+      config.data.batch_size,
+      config.data.seq_len,
+      _SPECULATIVE.value,
+      weights.everywhere,
+    )
+    lowered = getattr(inference, f'lower_{_WHAT.value}')(served)
+  return ahead.compiled(lowered, weights.layout, started)
+
+
 def main() -> None:
   """Compiles and prints."""
-  from deepseek_jax.kernels import dispatch
+  from deepseek_jax.kernels import dispatch, mosaic
   from deepseek_jax.parallel import topology
   from deepseek_jax.training import ahead
 
   config, _ = flags.resolve()
+  if _SPECULATIVE.value and not config.model.n_mtp_layers:
+    raise ValueError(
+      f'--speculative={_SPECULATIVE.value} with model.n_mtp_layers=0: use 0, '
+      'or a model with MTP'
+    )
   _open().close()  # It may not be writable: before minutes of compilation.
   try:
     devices = topology.topology(_TOPOLOGY.value, config.parallel.n_devices)
   except RuntimeError as error:  # What to install.
     raise ValueError(str(error)) from error
-  with dispatch.told(print):
-    program = getattr(ahead, _WHAT.value)(config, devices)
+  generates = _WHAT.value in ('decode', 'prefill')
+  make = _generation if generates else getattr(ahead, _WHAT.value)
+  with dispatch.told(print), mosaic.for_hopper():
+    program = make(config, devices)
   if _HLO.value:
     with _open() as file:
       file.write(program.hlo)

@@ -114,9 +114,41 @@ def _scheduled(part):
   return sum(share > 0 for *_, share in part)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'flags, kernels',
+  [
+    (['--what=prefill'], set()),
+    (['--what=decode', '--speculative=1'], {'1x2x8x192 1x192x192'}),
+  ],
+)
+def test_generation_on_four_devices(tmp_path, flags, kernels):
+  """A text each; the experts, and what is not theirs, stay where they are.
+
+  Attention's kernel takes a device's own rows, and no pass joins matrices, of
+  32 rows, the model's width, before it reads them.
+  """
+  hlo = tmp_path / 'hlo'
+  flags += [f'--hlo={hlo}']
+  flags += ['--parallel.node=2', '--parallel.expert=2', '--data.batch_size=4']
+  flags += ['--precision.compute_dtype=bfloat16', '--model.n_heads=8']
+  flags += ['--model.mla.kv_lora_rank=128', '--model.mla.qk_rope_head_dim=64']
+  flags += ['--model.n_mtp_layers=1', '--model.n_layers=2']
+  text, (arguments, temporary), found = _compile(*flags)
+  assert set(re.findall(r'kernels: decode (.*): mosaic', text)) == kernels
+  assert arguments > 0 and temporary > 0
+  for axis in ('node', 'expert'):
+    assert (axis, 'ragged-all-to-all', 'bf16') in found
+  assert not any(kind == 'all-gather' for _, kind, of in found if of != 's32')
+  if kernels:
+    joined = r'= bf16\[(\d+,)?32,\d+\]\S* concatenate\('
+    assert not re.search(joined, hlo.read_text())
+
+
 @pytest.mark.parametrize(
   'flags, message',
   [
+    (['--what=decode', '--speculative=1'], 'n_mtp_layers=0: use 0'),
     (['--topology=a100'], 'use one of h100, h200'),
     ([], 'needs jax-cuda13-plugin'),
     (['--what=attention'], 'moe_layer'),

@@ -68,7 +68,7 @@ def test_greedy_text_is_that_of_plain_decoding(n_mtp_layers, drafts):
 
 def test_few_programs_for_many_lengths():
   programs = (
-    speculative.decode, decode.decode, decode.first, prefill._chunk
+    speculative.decode, decode.decode, decode.first, prefill.run_chunk
   )  # fmt: skip
   model, _, unstacked = _model(1)
   before = [p._cache_size() for p in programs]

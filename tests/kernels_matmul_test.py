@@ -18,6 +18,7 @@ from absl.testing import absltest, parameterized
 
 from deepseek_jax import config, presets
 from deepseek_jax.kernels import (
+  expert_decode,
   experts,
   fp8,
   fp8_experts,
@@ -30,6 +31,7 @@ from deepseek_jax.kernels import (
 )
 from deepseek_jax.kernels import quantize as rows
 from deepseek_jax.layers import block, linear
+from deepseek_jax.ops import expert_decode as expert_decode_reference
 from deepseek_jax.ops import experts as experts_reference
 from deepseek_jax.ops import fp8_experts as fp8_experts_reference
 from deepseek_jax.ops import fp8_matmul as fp8_reference
@@ -357,6 +359,35 @@ class LayersTest(Kernels):
       actual = grads(kernel)(weights, ids, x, *ws)
     expected = grads(experts_reference.expert_ffn)(weights, ids, x, *ws)
     self.close(actual, expected, tolerances.BFLOAT16)
+
+  @parameterized.product(mode=MODES)
+  def test_experts_of_inference(self, mode):
+    """One token chooses among all experts, or many among a device's own."""
+    f = functools.partial(expert_decode.expert_ffn, **KERNEL)
+    if mode == 'lower':
+      D, F = 7168, 2048
+      for T, K, E in (1, 8, 256), (2, 8, 256), (1024, 8, 4):
+        ws = [abstract(s) for s in ((E, D, F), (E, F, D), (E, D, F))]
+        routed = abstract((T, K), I32), abstract((T, K), F32)
+        # Three products; rows move in and out.
+        self.assertEqual(self.count(f, abstract((T, D)), *ws, *routed), 5)
+      return
+    ids = jnp.asarray([[0, 2], [3, 1], [3, 3]], I32)  # 3 is no expert.
+    ws = [draw(*s, seed=i) / 8 for i, s in enumerate(
+      ((3, 128, 64), (3, 64, 128), (3, 128, 64)))]  # fmt: skip
+    for T in (1, 3):
+      args = draw(T, 128), *ws, ids[:T], jnp.full((T, 2), 0.3)
+      with mosaic.interpreted():
+        actual = f(*args)
+      expected = expert_decode_reference.expert_ffn(*args)
+      self.close(actual, expected, tolerances.BFLOAT16)
+
+  def test_fp8_weights_of_inference_stay_with_the_loop(self):
+    w = codes((4, 256, 256), SQUARE_TILE)
+    with self.assertRaisesRegex(ValueError, 'weights are FP8'):
+      expert_decode.expert_ffn(
+        abstract((1, 256)), w, w, w, None, None, **KERNEL
+      )
 
   @parameterized.product(mode=(*MODES, 'compose'))
   def test_fp8_experts(self, mode):

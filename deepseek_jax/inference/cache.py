@@ -1,15 +1,13 @@
 """What decoding keeps of the tokens it has seen (V3 section 2.1.1)."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import PartitionSpec
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.parallel import rules
+from deepseek_jax.parallel import sharding
 
 
 class Cache(NamedTuple):
@@ -77,14 +75,10 @@ def round_up(count: int, unit: int) -> int:
 
 def divide(cache: Cache) -> Cache:
   """`cache`, its sequences divided over the ambient mesh as far as they can."""
-  mesh, axes = jax.sharding.get_mesh(), ()
-  if mesh.empty:
+  if jax.sharding.get_abstract_mesh().empty:
     return cache
-  for axis in rules.BATCH:
-    shards = math.prod(mesh.shape[a] for a in (*axes, axis))
-    if cache.lengths_B.shape[0] % shards == 0:
-      axes += (axis,)
-  return jax.device_put(cache, NamedSharding(mesh, P(axes)))
+  axes = sharding.sequence_axes(cache.lengths_B.shape[0])
+  return jax.device_put(cache, PartitionSpec(axes))
 
 
 def bytes_per_token(cache: Cache) -> int:

@@ -10,6 +10,10 @@ from deepseek_jax.inference import cache as cache_lib
 from deepseek_jax.models import deepseek
 from deepseek_jax.ops import sampling
 
+# On a GPU XLA makes one product of several with the same rows, if the matrices
+# are small, and for that would copy them in every pass.
+OPTIONS = {'xla_gpu_dot_merger_threshold_mb': 0}
+
 
 class Rows(NamedTuple):
   """How far each sequence has come; B rows.
@@ -79,7 +83,12 @@ def first(model, weights, last_BD, lengths_B, rows, how, stop_ids):
   return emit(rows, token_B[:, None], valid, stop_ids)[:2]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@functools.partial(
+  jax.jit,
+  static_argnums=(0, 1),
+  donate_argnums=3,
+  compiler_options=OPTIONS,
+)
 def decode(
   model: deepseek.Transformer,
   steps: int,

@@ -89,17 +89,7 @@ def generate(
   _check(model.config, prompts, max_new_tokens, drafts, chunk)
   how = sampling.sampling(temperature, top_k, top_p)
   variables = weights.unstack(model, variables)
-  precision = model.precision
-  if not quantize.is_quantized(variables):
-    # In compute dtype also after training in FP8: to quantise every weight for
-    # every token would cost more than it saves.
-    precision = dataclasses.replace(precision, fp8=FP8Config())
-  model = model.clone(
-    precision=precision,
-    remat='none',
-    scan_layers=False,
-    mask_documents=False,
-  )
+  model = serving(model, variables)
   stops = np.asarray(list(stop_ids), np.int32)
   carry, tokens = _begin(
     model, variables, prompts, max_new_tokens, drafts, chunk, seed, how, stops
@@ -107,16 +97,33 @@ def generate(
   texts = [[] for _ in prompts]
   _hand_out(texts, tokens, on_tokens)
   while np.any(_to_host(_plain(carry).rows.budget_B) > 0):
-    if drafts:
-      carry, tokens = speculative.decode(
-        model, drafts, _PASSES, variables, carry, how, stops
-      )
-    else:
-      carry, tokens = decode_lib.decode(
-        model, _PASSES, variables, carry, how, stops
-      )
+    carry, tokens = decoding(model, drafts)(variables, carry, how, stops)
     _hand_out(texts, tokens, on_tokens)
   return _result(texts, carry, prompts)
+
+
+def serving(
+  model: deepseek.Transformer, variables: dict[str, Any]
+) -> deepseek.Transformer:
+  """The model that generates with `variables`, of `weights.unstack`."""
+  precision = model.precision
+  if not quantize.is_quantized(variables):
+    # In compute dtype also after training in FP8: to quantise every weight for
+    # every token would cost more than it saves.
+    precision = dataclasses.replace(precision, fp8=FP8Config())
+  return model.clone(
+    precision=precision,
+    remat='none',
+    scan_layers=False,
+    mask_documents=False,
+  )
+
+
+def decoding(model: deepseek.Transformer, drafts: int) -> Callable[..., Any]:
+  """The compiled passes: (variables, carry, how, stop_ids) to carry, tokens."""
+  if drafts:
+    return functools.partial(speculative.decode, model, drafts, _PASSES)
+  return functools.partial(decode_lib.decode, model, _PASSES)
 
 
 def _plain(carry):
@@ -124,13 +131,35 @@ def _plain(carry):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _first_rows(B, max_new_tokens, seed):
+def first_rows(
+  batch: int, max_new_tokens: int, seed: np.uint32
+) -> decode_lib.Rows:
   """Of sequences that have no token yet; each has a key of its own."""
   keys = jax.vmap(jax.random.fold_in, (None, 0))(
-    jax.random.key(seed), jnp.arange(B)
+    jax.random.key(seed), jnp.arange(batch)
   )
-  budget = jnp.full(B, max_new_tokens, jnp.int32)
-  return decode_lib.Rows(jnp.zeros(B, jnp.int32), budget, keys)
+  budget = jnp.full(batch, max_new_tokens, jnp.int32)
+  return decode_lib.Rows(jnp.zeros(batch, jnp.int32), budget, keys)
+
+
+def empty_cache(
+  model: deepseek.Transformer,
+  batch: int,
+  longest: int,
+  max_new_tokens: int,
+  drafts: int,
+  chunk: int,
+) -> cache_lib.Cache:
+  """With room for prompts of `longest` tokens in whole chunks, and the rest."""
+  room = max(longest + max_new_tokens + drafts, -(-longest // chunk) * chunk)
+  empty = cache_lib.init(
+    model.config,
+    batch,
+    cache_lib.round_up(room, _ROOM),
+    model.dtype,
+    min(drafts, model.config.n_mtp_layers),
+  )
+  return cache_lib.divide(empty)
 
 
 def _begin(
@@ -140,16 +169,12 @@ def _begin(
   B, M = len(prompts), min(drafts, model.config.n_mtp_layers)
   longest = max(len(p) for p in prompts)
   T = prefill_lib.chunk_length(longest, chunk)
-  room = max(longest + max_new_tokens + drafts, -(-longest // T) * T)
-  empty = cache_lib.init(
-    model.config, B, cache_lib.round_up(room, _ROOM), model.dtype, M
-  )
-  empty = cache_lib.divide(empty)
+  empty = empty_cache(model, B, longest, max_new_tokens, drafts, T)
   done = prefill_lib.prefill(
     model, variables, empty, prompts, window=max(M, 1), chunk=T
   )
   # A traced Python integer would have to be an int32.
-  rows = _first_rows(B, max_new_tokens, np.uint32(seed))
+  rows = first_rows(B, max_new_tokens, np.uint32(seed))
   rows, tokens = decode_lib.first(
     model,
     variables,

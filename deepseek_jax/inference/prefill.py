@@ -63,19 +63,27 @@ def prefill(
   tokens = np.zeros((len(prompts), n_chunks * T + M), np.int32)
   for row, prompt in zip(tokens, prompts):
     row[: len(prompt)] = prompt
-  c, E = model.config, model.config.moe.n_routed_experts
-  last = jnp.zeros((len(prompts), window, c.dim), model.dtype)
-  layers = c.n_moe_layers + (c.n_mtp_layers if M and E else 0)
-  load = jnp.zeros((layers, E), jnp.float32) if layers else None
-  done = Prefilled(cache._replace(lengths_B=jnp.asarray(lengths)), last, load)
+  cache = cache._replace(lengths_B=jnp.asarray(lengths))
+  done = nothing(model, cache, window)
   for start in range(0, n_chunks * T, T):
     part = tokens[:, start : start + T + M]
-    done = _chunk(model, weights, done, part, np.int32(start))
+    done = run_chunk(model, weights, done, part, np.int32(start))
   return done
 
 
+def nothing(
+  model: deepseek.Transformer, cache: cache_lib.Cache, window: int
+) -> Prefilled:
+  """What there is before the first chunk."""
+  c, E = model.config, model.config.moe.n_routed_experts
+  last = jnp.zeros((cache.lengths_B.shape[0], window, c.dim), model.dtype)
+  layers = c.n_moe_layers + (c.n_mtp_layers if cache.mtp and E else 0)
+  load = jnp.zeros((layers, E), jnp.float32) if layers else None
+  return Prefilled(cache, last, load)
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _chunk(model, weights, done, tokens, start):
+def run_chunk(model, weights, done, tokens, start):
   """One chunk; `tokens` [B, T + M] reaches as far ahead as MTP looks."""
   cache, last_BWD, load_LE = done
   M, W = len(cache.mtp), last_BWD.shape[1]

@@ -219,7 +219,12 @@ def _count(tally, live_B, count_B, taken_B, drafts):
   )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+@functools.partial(
+  jax.jit,
+  static_argnums=(0, 1, 2),
+  donate_argnums=4,
+  compiler_options=decode_lib.OPTIONS,
+)
 def decode(
   model: deepseek.Transformer,
   drafts: int,

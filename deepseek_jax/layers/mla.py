@@ -16,6 +16,7 @@ from deepseek_jax.layers.linear import (
   share,
 )
 from deepseek_jax.ops import cached_attention, norms, quantize, rope
+from deepseek_jax.parallel import sharding
 
 
 class MLA(nn.Module):
@@ -151,14 +152,19 @@ class MLA(nn.Module):
     w_uk, w_uv = self._absorbed(wkv_b, new_BTX.dtype)
     cache_BSX = cached_attention.write_rows(cache_BSX, new_BTX, positions_BT)
     q_latent = jnp.einsum('BTNH,NHC->BTNC', q_nope, w_uk)
-    out_BTNC = mla_decode.attend_latents(
-      _join(q_latent, q_pe),
-      cache_BSX,
-      mla.kv_lora_rank,
-      positions_BT,
-      scale,
-      implementation=dispatch.requested(self.precision.kernels),
-    )
+
+    def attend(q_BTNX, cache_BSX, positions_BT):
+      return mla_decode.attend_latents(
+        q_BTNX,
+        cache_BSX,
+        mla.kv_lora_rank,
+        positions_BT,
+        scale,
+        implementation=dispatch.requested(self.precision.kernels),
+      )
+
+    q_BTNX = _join(q_latent, q_pe)
+    out_BTNC = sharding.by_sequence(attend)(q_BTNX, cache_BSX, positions_BT)
     return jnp.einsum('BTNC,NCU->BTNU', out_BTNC, w_uv), cache_BSX
 
   def _absorbed(self, wkv_b, dtype):

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig, ParallelConfig, PrecisionConfig
-from deepseek_jax.kernels import dispatch, experts, fp8_experts
+from deepseek_jax.kernels import dispatch, expert_decode, experts, fp8_experts
 from deepseek_jax.layers import params
 from deepseek_jax.layers.linear import recipe_of
 from deepseek_jax.layers.mlp import MLP
 from deepseek_jax.ops import (
-  expert_decode,
   losses,
   quantize,
   routing,
@@ -92,9 +91,10 @@ class MoE(nn.Module):
   def _ffn(self, decodes, fp8):
     """The experts' function, of tokens, weights, ids and gate weights."""
     recipe = recipe_of(self.precision) if fp8 else None
-    if decodes:
-      return functools.partial(expert_decode.expert_ffn, recipe=recipe)
     chosen = {'implementation': dispatch.requested(self.precision.kernels)}
+    if decodes:
+      ffn = expert_decode.expert_ffn
+      return functools.partial(ffn, recipe=recipe, **chosen)
     if fp8:
       chosen['recipe'] = recipe
       return functools.partial(fp8_experts.expert_ffn, **chosen)
@@ -139,7 +139,11 @@ class MoE(nn.Module):
     logits = jnp.matmul(x_TD, gate_DE, precision=jax.lax.Precision.HIGHEST)
     logits = logits.reshape(*x_BTD.shape[:-1], E)
     logits = checkpoint_name(logits, 'routing')
-    route = routing.route(logits, bias.value, c.moe)
+
+    def choose(logits_BTE):
+      return routing.route(logits_BTE, bias.value, c.moe)
+
+    route = sharding.by_sequence(choose)(logits)  # XLA would gather them.
     ids = checkpoint_name(route.expert_ids_TK, 'routing')
     return route._replace(expert_ids_TK=ids)
 

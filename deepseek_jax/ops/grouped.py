@@ -49,13 +49,16 @@ class Layout(NamedTuple):
 
 
 def lay_out(expert_ids_TK: jax.Array, n_experts: int) -> Layout:
-  """The padded rows of a routing: R = (T * K / 128 + E) * 128 at most."""
+  """The padded rows of a routing, as many as any routing may need.
+
+  R = (T * K // 128 + min(E, T * K)) * 128.
+  """
   T, K = expert_ids_TK.shape
   permutation = experts.sort_by_expert(expert_ids_TK, n_experts)
   sizes_E = permutation.group_sizes_E
   blocks_E = -(-sizes_E // BLOCK)
   last_E = jnp.cumsum(blocks_E, dtype=jnp.int32)
-  B = T * K // BLOCK + n_experts
+  B = T * K // BLOCK + min(n_experts, T * K)
   expert_B = (jnp.arange(B)[:, None] >= last_E).sum(1, dtype=jnp.int32)
   groups = Groups(
     jnp.minimum(expert_B, n_experts - 1),

@@ -12,7 +12,8 @@ Without a mesh, nothing here does anything.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -63,6 +64,42 @@ def shards(axes: tuple[str, ...]) -> tuple[str, ...]:
   """Those of `axes` that divide something here; none without a mesh."""
   sizes = axis_sizes()
   return tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
+
+
+def sequence_axes(count: int) -> tuple[str, ...]:
+  """The ambient mesh's axes that divide `count` sequences in inference.
+
+  There XLA divides the program, but for what is written device by device.
+  """
+  mesh, axes = jax.sharding.get_abstract_mesh(), ()
+  for axis in rules.BATCH:
+    size = math.prod(mesh.shape.get(a, 1) for a in (*axes, axis))
+    if axis in mesh.auto_axes and count % size == 0:
+      axes += (axis,)
+  return axes
+
+
+def by_sequence(function: Callable[..., Any]) -> Callable[..., Any]:
+  """`function` of arrays [B, ...], device by device where XLA divides them.
+
+  XLA cannot divide a kernel, and does not divide every `top_k`.  Sequences that
+  not all devices can share are computed by several of them.
+  """
+
+  def divided(*arrays):
+    auto = jax.sharding.get_abstract_mesh().auto_axes
+    if not auto:
+      return function(*arrays)
+    spec = PartitionSpec(sequence_axes(arrays[0].shape[0]))
+    return jax.shard_map(
+      function,
+      in_specs=spec,
+      out_specs=spec,
+      axis_names=set(auto),
+      check_vma=False,
+    )(*arrays)
+
+  return divided
 
 
 def local_experts(n_experts: int) -> int:

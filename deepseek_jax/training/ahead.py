@@ -1,13 +1,15 @@
-"""A training step, or one MoE layer, compiled for devices that are not here.
+"""Programs, compiled for devices that are not here.
 
 What comes out is the program that each of those devices would run: its memory,
 its collectives, and how long compiling took (V3 section 3.1 has 2,048 of them).
+A training step and an MoE layer are here, generation is `inference/ahead.py`'s.
 `parallel/topology.py` gives the devices.
 """
 
 import collections
 import time
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -17,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from deepseek_jax.config import Config
 from deepseek_jax.layers.moe import MoE
+from deepseek_jax.models import deepseek
 from deepseek_jax.parallel import hlo, overlap, rules, sharding
 from deepseek_jax.parallel import mesh as mesh_lib
 from deepseek_jax.planner import memory
@@ -50,6 +53,43 @@ class Program(NamedTuple):
   compiling: float
 
 
+class Weights(NamedTuple):
+  """A model; arrays are shapes and places.
+
+  Attributes:
+    model: the Transformer.
+    variables: float32 `params`, and `router_state`.
+    layout: None: one device.
+    everywhere: the place of what is whole on every device.
+  """
+
+  model: deepseek.Transformer
+  variables: dict[str, Any]
+  layout: Layout | None
+  everywhere: jax.sharding.Sharding
+
+
+def weights(config: Config, devices: Sequence[jax.Device]) -> Weights:
+  """Those of a checkpoint, as `trained.load` divides them.
+
+  Raises:
+    ValueError: the layout asks for another number of devices.
+  """
+  model = step.build_model(config)
+  declared = step.declare(model)
+  layout = layout_lib.make(declared, config, devices)
+  variables = dict(nn.meta.unbox(declared))
+  params, state = variables['params'], variables['router_state']
+  everywhere = SingleDeviceSharding(devices[0])
+  if layout is None:
+    params = _shapes(params, everywhere)
+  else:
+    everywhere = layout.replicated
+    params = jax.tree.map(_shapes, params, layout.params())
+  variables = {'params': params, 'router_state': _shapes(state, everywhere)}
+  return Weights(model, variables, layout, everywhere)
+
+
 def _shapes(tree: Any, place: jax.sharding.Sharding) -> Any:
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
@@ -80,7 +120,8 @@ def train_step(config: Config, devices: Sequence[jax.Device]) -> Program:
   scalar = jax.ShapeDtypeStruct((), jnp.float32)
   hyper = _shapes(Hyper(*[scalar] * len(Hyper._fields)), everywhere)
   run = step.make_train_step(model, config, tx, layout=layout)
-  return _compile(run.lower(state, batch, hyper), layout, started)
+  lowered = run.lower(state, batch, hyper)
+  return compiled(lowered, layout, started, _OPTIONS)
 
 
 def moe_layer(config: Config, devices: Sequence[jax.Device]) -> Program:
@@ -134,17 +175,29 @@ def moe_layer(config: Config, devices: Sequence[jax.Device]) -> Program:
   state = _shapes(variables['router_state'], everywhere)
   x, mask = _shapes((x, mask), batch)
   run = jax.jit(gradients)
-  return _compile(run.lower(params, state, x, mask, x), layout, started)
+  lowered = run.lower(params, state, x, mask, x)
+  return compiled(lowered, layout, started, _OPTIONS)
 
 
-def _compile(
-  lowered: jax.stages.Lowered, layout: Layout | None, started: float
+def compiled(
+  lowered: jax.stages.Lowered,
+  layout: Layout | None,
+  started: float,
+  options: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> Program:
+  """Compiles what was lowered.
+
+  Args:
+    lowered: for devices that are not here.
+    layout: of them; None: one device.
+    started: when lowering began, by `time.perf_counter`.
+    options: of XLA.
+  """
   traced = time.perf_counter()
-  options = mesh_lib.compiler_options(layout.mesh) if layout else {}
-  compiled = lowered.compile(options | _OPTIONS)
+  for_mesh = mesh_lib.compiler_options(layout.mesh) if layout else {}
+  program = lowered.compile(for_mesh | options)
   ended = time.perf_counter()
-  text, sizes = compiled.as_text(), compiled.memory_analysis()
+  text, sizes = program.as_text(), program.memory_analysis()
   mesh = dict(layout.mesh.shape) if layout else {}
   return Program(
     text,
