@@ -50,6 +50,7 @@ _LAYOUTS = {
     'parallel.expert': 2,
     'parallel.zero1': True,
     'train.remat': 'full',
+    'train.micro_batch_size': 8,
   },
   'EP, interleaved': {
     'parallel.node': 2,
