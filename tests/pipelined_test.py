@@ -195,10 +195,11 @@ class GradientsTest(parameterized.TestCase):
   def test_equal_one_device(self, case):
     self._assert_equal(case, tolerances.DEEP_MODEL)
 
+  @parameterized.parameters(*config_lib.PIPELINES)
   @pytest.mark.slow
-  def test_bfloat16(self):
+  def test_bfloat16(self, name):
     updates = (*_TWO_LAYERS, ('precision.compute_dtype', 'bfloat16'))
-    case = _Case('dualpipe', 2, updates)
+    case = _Case(name, 2, updates)
     self._assert_equal(case, tolerances.BFLOAT16, is_rounded=True)
 
   @parameterized.parameters(
