@@ -82,17 +82,18 @@ def main() -> None:
   from deepseek_jax.training import ahead
 
   config, _ = flags.resolve()
-  if _SPECULATIVE.value and not config.model.n_mtp_layers:
+  generates = _WHAT.value in ('decode', 'prefill')
+  if _SPECULATIVE.value and not (generates and config.model.n_mtp_layers):
     raise ValueError(
-      f'--speculative={_SPECULATIVE.value} with model.n_mtp_layers=0: use 0, '
-      'or a model with MTP'
+      f'--speculative={_SPECULATIVE.value} with --what={_WHAT.value} and '
+      f'model.n_mtp_layers={config.model.n_mtp_layers}: use 0, or decode or '
+      'prefill of a model with MTP'
     )
   _open().close()  # It may not be writable: before minutes of compilation.
   try:
     devices = topology.topology(_TOPOLOGY.value, config.parallel.n_devices)
   except RuntimeError as error:  # What to install.
     raise ValueError(str(error)) from error
-  generates = _WHAT.value in ('decode', 'prefill')
   make = _generation if generates else getattr(ahead, _WHAT.value)
   with dispatch.told(print), mosaic.for_hopper():
     program = make(config, devices)

@@ -149,6 +149,7 @@ def test_generation_on_four_devices(tmp_path, flags, kernels):
   'flags, message',
   [
     (['--what=decode', '--speculative=1'], 'n_mtp_layers=0: use 0'),
+    (['--speculative=1'], '--what=train_step'),
     (['--topology=a100'], 'use one of h100, h200'),
     ([], 'needs jax-cuda13-plugin'),
     (['--what=attention'], 'moe_layer'),

@@ -26,6 +26,7 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 NEED_TORCH = [
   'bench_test.py',
   'convert_parity_test.py',
+  'gpu_check_torch_test.py',
   'optimizer_test.py',
   'parity_test.py',
   'sampling_test.py',

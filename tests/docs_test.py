@@ -109,7 +109,7 @@ def test_ci_runs_the_test_command_of_the_readme():
 def test_python_3_12_leaves_out_only_what_needs_torch():
   left_out = '|'.join(pathlib.Path(name).stem for name in conftest.NEED_TORCH)
   own = rf'from tests\.({left_out}) import|from tests import.*\bhf\b'
-  torch = re.compile(rf'^(import torch|{own})', re.M)
+  torch = re.compile(rf'^(import torch|from torch\b|{own})', re.M)
   tests = (_ROOT / 'tests').glob('*_test.py')
   needs = {p.name for p in tests if torch.search(p.read_text())}
   assert set(conftest.NEED_TORCH) == needs

@@ -49,12 +49,12 @@ def _placement(load_LE):
   return load_balance.place(load_LE, _REPLICAS, moe.n_expert_groups, 2, 4)
 
 
-def _divided(variables, drafts=0):
+def _divided(variables, drafts=0, prompts=_PROMPTS):
   model, _ = _trained()
   mesh = mesh_lib.build(_PARALLEL, jax.devices()[:4])
   with jax.set_mesh(mesh):
     shared = weights.share(variables, mesh)
-    done = generate.generate(model, shared, _PROMPTS, 5, drafts=drafts)
+    done = generate.generate(model, shared, prompts, 5, drafts=drafts)
   return shared, done
 
 
@@ -73,6 +73,12 @@ def test_four_devices_write_what_one_does(redundant):
   assert {s.data.shape[0] for s in w1.addressable_shards} == {w1.shape[0] // 4}
   assert done.tokens == single.tokens
   np.testing.assert_array_equal(done.load_LE, single.load_LE)
+
+
+def test_texts_that_devices_cannot_share():
+  """Three on four devices: each computes all of them."""
+  _, done = _divided(_trained()[1], prompts=_PROMPTS[:3])
+  assert done.tokens == _single().tokens[:3]
 
 
 def test_experts_of_mtp_have_copies_too():

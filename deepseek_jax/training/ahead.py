@@ -174,7 +174,10 @@ def moe_layer(config: Config, devices: Sequence[jax.Device]) -> Program:
     params = _shapes(params, everywhere)
   state = _shapes(variables['router_state'], everywhere)
   x, mask = _shapes((x, mask), batch)
-  run = jax.jit(gradients)
+  run = jax.jit(
+    gradients,
+    compiler_options=mesh_lib.compiler_options(layout.mesh) if layout else {},
+  )
   lowered = run.lower(params, state, x, mask, x)
   return compiled(lowered, layout, started, _OPTIONS)
 
@@ -194,8 +197,7 @@ def compiled(
     options: of XLA.
   """
   traced = time.perf_counter()
-  for_mesh = mesh_lib.compiler_options(layout.mesh) if layout else {}
-  program = lowered.compile(for_mesh | options)
+  program = lowered.compile(dict(options))
   ended = time.perf_counter()
   text, sizes = program.as_text(), program.memory_analysis()
   mesh = dict(layout.mesh.shape) if layout else {}
