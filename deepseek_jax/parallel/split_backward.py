@@ -157,7 +157,8 @@ def _merge_static(equations, static: set[_Var]) -> list[_Equation]:
       same.update(zip(e.outputs, known.setdefault(key, e.outputs)))
       if e.eqn.primitive.name == 'convert_element_type' and e.reads:
         [x], [y] = e.reads, e.outputs
-        if _bytes(y) > _bytes(x):
+        floats = all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in (x, y))
+        if floats and _bytes(y) > _bytes(x):
           narrow[y] = x
         elif x in narrow and narrow[x].aval.dtype == y.aval.dtype:
           same[y] = narrow[x]

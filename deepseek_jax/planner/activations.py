@@ -152,8 +152,10 @@ def of_stage(config: Config, stage: Stage, rows: float) -> float:
   total += stage.moe * kept(config, True, policy, rows)
   total += stage.mtp * kept(config, is_moe, policy, rows)
   width = formats.width(config)
-  # An MTP module's two inputs; a head's input and its gradient.
-  vectors = 2 * stage.mtp + 2 * (stage.mtp + 1) * stage.heads
+  # An MTP module's two inputs, of which `kept` has one; or the input of its
+  # block, but not what leaves that.  A head's input and its gradient.
+  vectors = (1 if policy == 'full' else 3) * stage.mtp
+  vectors += 2 * (stage.mtp + 1) * stage.heads
   tokens = communication.tokens_per_device(config)
   return total + vectors * tokens * model.dim * width
 

@@ -91,6 +91,7 @@ def lock(workdir: str | os.PathLike) -> Iterator[None]:
     file.truncate(0)
     file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
     file.flush()
+    os.fsync(file.fileno())  # Over NFS other machines see it only then.
     yield
 
 

@@ -12,7 +12,8 @@ for norms.  What crosses devices, per step:
   layers once, whole, and gives their gradients back once (`placement.collect`).
 - otherwise gradients are summed once, after the last micro-batch (`reduce`).
 
-Gradients are float32 from their product on (`sharding.Copy`).
+Gradients come back in float32 (`sharding.Copy`): nothing rounds those of FP8
+products on the way.
 """
 
 import contextlib

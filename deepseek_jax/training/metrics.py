@@ -93,7 +93,7 @@ class Writer(contextlib.AbstractContextManager):
 
 
 class _Events:
-  """TensorBoard's file of scalars, flushed every ten seconds.
+  """TensorBoard's file of scalars, flushed by a step every ten seconds.
 
   `SummaryWriter` writes in a thread, which a full disk ends; the run would then
   wait for it without end.  Here the step that cannot be written raises.

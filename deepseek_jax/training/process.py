@@ -194,7 +194,7 @@ def lost_another(error: BaseException | None) -> bool:
   """
   while error and not isinstance(error, jax.errors.JaxRuntimeError):
     error = error.__cause__
-  is_full = str(error).startswith('RESOURCE_EXHAUSTED')
+  is_full = 'RESOURCE_EXHAUSTED' in str(error)
   return jax.process_count() > 1 and error is not None and not is_full
 
 
