@@ -80,14 +80,18 @@ def weights(config: Config, devices: Sequence[jax.Device]) -> Weights:
   layout = layout_lib.make(declared, config, devices)
   variables = dict(nn.meta.unbox(declared))
   params, state = variables['params'], variables['router_state']
-  everywhere = SingleDeviceSharding(devices[0])
+  everywhere = _everywhere(layout, devices)
   if layout is None:
     params = _shapes(params, everywhere)
   else:
-    everywhere = layout.replicated
     params = jax.tree.map(_shapes, params, layout.params())
   variables = {'params': params, 'router_state': _shapes(state, everywhere)}
   return Weights(model, variables, layout, everywhere)
+
+
+def _everywhere(layout, devices):
+  """The place of what is whole on every device."""
+  return layout.replicated if layout else SingleDeviceSharding(devices[0])
 
 
 def _shapes(tree: Any, place: jax.sharding.Sharding) -> Any:
@@ -107,11 +111,10 @@ def train_step(config: Config, devices: Sequence[jax.Device]) -> Program:
   tx = optimizer.adamw(config.optim, config.precision)
   layout = layout_lib.make(step.declare(model), config, devices)
   state = step.abstract_state(model, tx, layout)
-  everywhere = batch_place = SingleDeviceSharding(devices[0])
+  everywhere = batch_place = _everywhere(layout, devices)
   if layout is None:
     state = _shapes(state, everywhere)
   else:
-    everywhere = layout.replicated
     batch_place = NamedSharding(layout.mesh, layout.batch_spec)
   b = config.micro_batch_size
   shape = (config.data.batch_size // b, b, config.data.seq_len + 1)
@@ -158,10 +161,9 @@ def moe_layer(config: Config, devices: Sequence[jax.Device]) -> Program:
     dparams, dx = vjp(dy)
     return y, dx, dparams if layout is None else layout.reduce(dparams)
 
-  everywhere = batch = SingleDeviceSharding(devices[0])
+  everywhere = batch = _everywhere(layout, devices)
   params = variables['params']
   if layout is not None:
-    everywhere = layout.replicated
     batch = NamedSharding(layout.mesh, PartitionSpec(rules.BATCH))
     spec = batch.spec
     gradients = layout.per_device(
