@@ -264,13 +264,13 @@ class MemoryTest(parameterized.TestCase):
     # The new state takes the place of the old one.
     self.assertGreaterEqual(memory.alias_size_in_bytes, held)
 
-  @pytest.mark.slow
   @parameterized.parameters(
     ('DP', 1.0, 1.6),
     ('ZeRO-1', 0.9, 1.25),
     ('EP', 0.8, 1.25),
     ('FSDP', 0.65, 1.25),  # 0.68 by jax 0.12.
   )
+  @pytest.mark.slow
   def test_peak_is_state_and_copy_and_gradients(self, layout, low, high):
     """Of a wide model and few tokens, so that activations are next to nothing.
 
