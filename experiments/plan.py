@@ -35,6 +35,7 @@ _COSTS = absl_flags.DEFINE_list(
   'pair, and the latency of a message; those left out keep their defaults.',
 )
 _OUT = absl_flags.DEFINE_string('out', None, 'Also draw to this .png or .svg.')
+_MOST = 100_000  # Forwards of a schedule, which take some ten seconds.
 _DEVICE = absl_flags.DEFINE_string('device', 'h800', 'h800, h100 or h200.')
 flags.define(default_preset='deepseek_v3')
 
@@ -56,9 +57,14 @@ def _plan_schedule() -> None:
   from deepseek_jax.parallel import schedules, simulate
   from deepseek_jax.planner import timeline
 
-  schedule = schedules.make(_SCHEDULE.value, _RANKS.value, _MICROBATCHES.value)
+  ranks, microbatches = _RANKS.value, _MICROBATCHES.value
+  if ranks * microbatches > _MOST:
+    raise ValueError(
+      f'ranks={ranks} times microbatches={microbatches}: use at most {_MOST:,}'
+    )
+  schedule = schedules.make(_SCHEDULE.value, ranks, microbatches)
   run = simulate.simulate(schedule, _costs())
-  if _OUT.value:
+  if _OUT.value is not None:
     timeline.draw(run, _OUT.value)
   print(timeline.text(run))
 
@@ -86,7 +92,7 @@ def _check(config) -> None:
 def main() -> None:
   """Prints the plan that the flags ask for."""
   given = {name for name in absl_flags.FLAGS if absl_flags.FLAGS[name].present}
-  is_run = not _SCHEDULE.value
+  is_run = _SCHEDULE.value is None
   other = {'ranks', 'microbatches', 'costs', 'out'}
   if not is_run:
     other = {'preset', 'config', 'device'}

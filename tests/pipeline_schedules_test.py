@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -215,8 +216,8 @@ class SimulationTest(parameterized.TestCase):
     self.assertEqual(run.makespan, 3 * 3 + 4 * 0.5)
 
   def test_refuses_costs_that_are_none(self):
-    for value in (-1, float('nan'), float('inf')):
-      with self.assertRaisesRegex(ValueError, f'costs.forward={value}'):
+    for value in (-1, float('nan'), float('inf'), 1e101):
+      with self.assertRaisesRegex(ValueError, re.escape(f'costs.forward={value}')):
         simulate.Costs(forward=value)
     with self.assertRaisesRegex(ValueError, 'use more'):
       simulate.Costs(0, 0, 0, 0)
@@ -281,20 +282,25 @@ class ViewTest(parameterized.TestCase):
     run = simulate.simulate(schedule, simulate.Costs(1, 3, 2, 4))
     self.assertIn('table 2: 0 (exact at equal costs)', timeline.text(run))
 
-  def test_command_refuses(self):
-    done = subprocess.run(
-      [
-        sys.executable,
-        '-m',
-        'experiments.plan',
-        '--schedule=1f1b',
-        '--costs=x',
-      ],
-      capture_output=True,
-      text=True,
-    )
+  def test_a_long_run_fits_into_80_columns(self):
+    run = simulate.simulate(schedules.make('dualpipe', 8, 60))
+    lines = timeline.text(run).splitlines()
+    self.assertEqual(max(map(len, lines)), 80)
+    self.assertLen(lines[1], 80)  # The chart.
+
+  @parameterized.parameters(
+    ('--schedule=', "schedule='': use one of gpipe"),
+    ('--costs=x', '--costs=x: give 1 to 5 numbers'),
+    ('--microbatches=99999', 'microbatches=99999: use at most 100,000'),
+    ('--out=', 'end it in .png or .svg'),
+    ('--out=/proc/no/x.png', 'out=/proc/no/x.png: No such file'),
+  )
+  def test_command_refuses(self, flag, message):
+    command = [sys.executable, '-m', 'experiments.plan', '--schedule=1f1b']
+    done = subprocess.run([*command, flag], capture_output=True, text=True)
     self.assertEqual(done.returncode, 2)
-    self.assertIn('--costs=x: give 1 to 5 numbers', done.stderr)
+    self.assertIn(message, done.stderr)
+    self.assertLen(done.stderr.splitlines(), 1)
 
 
 if __name__ == '__main__':

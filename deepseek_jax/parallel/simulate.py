@@ -5,7 +5,6 @@ is over and what it needs has arrived; nothing else delays it.
 """
 
 import dataclasses
-import math
 
 from deepseek_jax.parallel import schedules
 from deepseek_jax.parallel.schedules import (
@@ -16,6 +15,8 @@ from deepseek_jax.parallel.schedules import (
   Schedule,
   Step,
 )
+
+_MOST = 1e100  # A cost, so that no sum of them is infinite.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Costs:
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      if not 0 <= value < math.inf:
+      if not 0 <= value <= _MOST:
         raise ValueError(
-          f'costs.{field.name}={value}: use a finite number of at least 0'
+          f'costs.{field.name}={value}: use a number from 0 to {_MOST:g}'
         )
     if not self.forward and not self.backward:
       raise ValueError('costs.forward=0 and costs.backward=0: use more')

@@ -11,7 +11,7 @@ from deepseek_jax.parallel.schedules import Step
 from deepseek_jax.parallel.simulate import Timeline
 
 _DPI = 120
-_WIDTH = 78  # Columns of the terminal's chart; a longer run is compressed.
+_WIDTH = 76  # Columns of the chart, of a terminal's 80; more are compressed.
 # One colour for each kind, darker for the second direction or chunk.
 _COLORS = {
   'F': ('#f5b971', '#e08e2b'),
@@ -82,15 +82,11 @@ def figure(timeline: Timeline) -> Any:
 
 
 def _draw_step(axis, rank, start, end, step: Step, size):
-  from matplotlib import patches
-
   height = 1 / len(step)
   for i, task in enumerate(step):
-    x, y = start, rank + i * height
+    y = rank + i * height
     color = _COLORS[task.kind][task.chunk % 2]
-    axis.add_patch(
-      patches.Rectangle((x, y), end - start, height, fc=color, ec='white')
-    )
+    _draw_box(axis, start, y, end - start, height, fc=color, ec='white')
     if size:
       axis.text(
         (start + end) / 2,
@@ -99,11 +95,18 @@ def _draw_step(axis, rank, start, end, step: Step, size):
         ha='center',
         va='center',
         fontsize=size,
+        in_layout=False,
       )
   if len(step) > 1:
-    axis.add_patch(
-      patches.Rectangle((start, rank), end - start, 1, fc='none', ec='black')
-    )
+    _draw_box(axis, start, rank, end - start, 1, fc='none', ec='black')
+
+
+def _draw_box(axis, x, y, width, height, **colors):
+  """A rectangle of thousands: the limits are set, and none is asked for them."""
+  from matplotlib import patches
+
+  box = patches.Rectangle((x, y), width, height, in_layout=False, **colors)
+  axis.add_artist(box)
 
 
 def _least(timeline: Timeline) -> float:
