@@ -217,7 +217,8 @@ class SimulationTest(parameterized.TestCase):
 
   def test_refuses_costs_that_are_none(self):
     for value in (-1, float('nan'), float('inf'), 1e101):
-      with self.assertRaisesRegex(ValueError, re.escape(f'costs.forward={value}')):
+      message = re.escape(f'costs.forward={value}')
+      with self.assertRaisesRegex(ValueError, message):
         simulate.Costs(forward=value)
     with self.assertRaisesRegex(ValueError, 'use more'):
       simulate.Costs(0, 0, 0, 0)

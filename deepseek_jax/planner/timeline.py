@@ -102,7 +102,7 @@ def _draw_step(axis, rank, start, end, step: Step, size):
 
 
 def _draw_box(axis, x, y, width, height, **colors):
-  """A rectangle of thousands: the limits are set, and none is asked for them."""
+  """A rectangle of thousands; the limits are set, so none is asked for its."""
   from matplotlib import patches
 
   box = patches.Rectangle((x, y), width, height, in_layout=False, **colors)
