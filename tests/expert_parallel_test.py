@@ -1,5 +1,6 @@
 """Expert parallelism against one device: outputs and every gradient."""
 
+import collections
 import functools
 
 import jax
@@ -13,7 +14,7 @@ from deepseek_jax.ops import experts, formats, fp8_recipe, routing
 from deepseek_jax.parallel import expert, hlo, rules
 from deepseek_jax.parallel import mesh as mesh_lib
 from deepseek_jax.parallel.expert import Exchange
-from tests import tolerances
+from tests import jaxprs, tolerances
 
 _T, _D, _F, _E, _K = 48, 8, 5, 16, 4
 _NODES = 4  # Groups of experts, of which a token's lie in two.
@@ -135,6 +136,46 @@ class RoutedFfnTest(parameterized.TestCase):
     self.assertEqual(max(counted), rounds)
     got = _parallel(mesh, exchange, crowded=True)
     tolerances.assert_close(got, _single(True), tolerances.COMPONENT_PARITY)
+
+  def test_further_rounds_hold_float32_weights_narrow(self):
+    """As a step has them, without rounding them or their gradients."""
+    (x, *weights, gates), ids, dy = jax.tree.map(
+      jnp.asarray, _problem(crowded=True)
+    )
+    x, weights, dy = jax.tree.map(
+      lambda a: jnp.asarray(a, jnp.bfloat16), (x, weights, dy)
+    )
+    weights = [w.astype(jnp.float32) for w in weights]
+
+    def ffn(x, w1, w2, w3, ids, gates):
+      self.assertEqual(w1.dtype, jnp.float32)
+      x = x.astype(jnp.float32)
+      return experts.expert_ffn(x, w1, w2, w3, ids, gates).astype(jnp.bfloat16)
+
+    def gradients(ffn, *weights):
+      def loss(*weights):
+        return (ffn(x, *weights, ids, gates) * dy).sum(dtype=jnp.float32)
+
+      return jax.grad(loss, (0, 1, 2))(*weights)
+
+    run = functools.partial(
+      expert.routed_ffn, ffn=ffn, exchange=Exchange(buffer=1)
+    )
+    with jax.set_mesh(make_mesh(expert=8)):
+      got = jax.jit(functools.partial(gradients, run))(*weights)
+      traced = jax.make_jaxpr(functools.partial(gradients, run))(*weights)
+    expected = jax.jit(functools.partial(gradients, ffn))(*weights)
+    tolerances.assert_close(
+      *jax.device_get((got, expected)), tolerances.COMPONENT_PARITY
+    )
+    own = {(w.shape[0] // 8, *w.shape[1:]) for w in weights}
+    held = collections.Counter()
+    for eqn, _ in jaxprs.equations(traced.jaxpr):
+      if eqn.primitive.name == 'while':
+        first = eqn.params['cond_nconsts']
+        for v in eqn.invars[first : first + eqn.params['body_nconsts']]:
+          held[v.aval.dtype.name] += v.aval.shape in own
+    self.assertEqual(held['bfloat16'], 3 * 3)  # Forwards, and both gradients.
 
   def test_a_balanced_load_needs_one_round(self):
     """The loop is there, and adds nothing."""

@@ -27,7 +27,9 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import MoEConfig, ParallelConfig, PrecisionConfig
 from deepseek_jax.ops import experts, fp8_recipe
+from deepseek_jax.ops.fp8_delayed import Delayed
 from deepseek_jax.ops.fp8_recipe import Kept
+from deepseek_jax.ops.quantize import Quantized
 from deepseek_jax.parallel import rules, sharding, turns
 
 # As `experts.expert_ffn`.
@@ -446,18 +448,37 @@ def _one_round(weights, x_TD, gates_TK, hops, index, ffn, exchange):
   return combine(y, hops, index, exchange.kept_gradient)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _further_rounds(weights, x_TD, gates_TK, hops, ffn, exchange):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _further_rounds(weights, x_TD, gates_TK, hops, ffn, exchange, dtype):
   """The sum of all rounds but the first.
 
   How many there are is decided at run time, the same on all ranks of the hops;
   as a rule none.  The backward pass dispatches and computes them again.
+
+  Float32 weights, whose `dtype` that is, are those of the compute dtype made
+  wide (`sharding.collect`).  The loops hold them narrow: what a loop holds is
+  there even if it does nothing.
   """
+  weights = _cast(weights, x_TD.dtype)
 
   def body(index, y):
-    return y + _one_round(weights, x_TD, gates_TK, hops, index, ffn, exchange)
+    wide = _cast(weights, dtype)
+    return y + _one_round(wide, x_TD, gates_TK, hops, index, ffn, exchange)
 
   return lax.fori_loop(1, _agreed_rounds(hops), body, jnp.zeros_like(x_TD))
+
+
+def _cast(weights, dtype):
+  """Codes are left as they are."""
+
+  def one(w):
+    if isinstance(w, Quantized):
+      return w
+    if isinstance(w, Delayed):
+      return dataclasses.replace(w, w=w.w.astype(dtype))
+    return w.astype(dtype)
+
+  return tuple(map(one, weights))
 
 
 def _agreed_rounds(hops):
@@ -465,29 +486,37 @@ def _agreed_rounds(hops):
   return lax.pmax(hops[-1].rounds, every)
 
 
-def _further_rounds_fwd(weights, x_TD, gates_TK, hops, ffn, exchange):
-  args = (weights, x_TD, gates_TK, hops)
-  return _further_rounds(*args, ffn, exchange), args
+def _further_rounds_fwd(weights, x_TD, gates_TK, hops, ffn, exchange, dtype):
+  y = _further_rounds(weights, x_TD, gates_TK, hops, ffn, exchange, dtype)
+  return y, (_cast(weights, x_TD.dtype), x_TD, gates_TK, hops)
 
 
-def _further_rounds_bwd(ffn, exchange, residuals, dy_TD):
+def _further_rounds_bwd(ffn, exchange, dtype, residuals, dy_TD):
   weights, x_TD, gates_TK, hops = residuals
 
-  def gradients(run, *primals):
+  def gradients(run, primals):
     def body(index, total):
-      _, vjp = jax.vjp(functools.partial(run, index), *primals)
+      _, vjp = jax.vjp(functools.partial(run, index), *primals())
       return jax.tree.map(jnp.add, total, vjp(dy_TD))
 
-    zeros = jax.tree.map(jnp.zeros_like, primals)
+    shapes = jax.eval_shape(primals)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return lax.fori_loop(1, _agreed_rounds(hops), body, zeros)
 
   def run(index, weights, x_TD, gates_TK):
     return _one_round(weights, x_TD, gates_TK, hops, index, ffn, exchange)
 
+  def wide():
+    return _cast(weights, dtype)
+
   # Two loops: a pipeline computes the gradients of weights later, and those
   # that came with others' it would keep, large as they are, in between.
-  (dweights,) = gradients(lambda i, w: run(i, w, x_TD, gates_TK), weights)
-  inputs = gradients(lambda i, *xs: run(i, weights, *xs), x_TD, gates_TK)
+  (dweights,) = gradients(
+    lambda i, w: run(i, w, x_TD, gates_TK), lambda: (wide(),)
+  )
+  inputs = gradients(
+    lambda i, *xs: run(i, wide(), *xs), lambda: (x_TD, gates_TK)
+  )
   return dweights, *inputs, None
 
 
@@ -532,7 +561,8 @@ def expert_parallel_ffn(
     expert_ids_TK.shape[1], own
   )
   if hops[-1].pair_rows < most:
-    y += _further_rounds(weights, x_TD, weights_TK, hops, ffn, exchange)
+    dtype = jax.tree.leaves(w1_eDF)[0].dtype  # Of codes: not used.
+    y += _further_rounds(weights, x_TD, weights_TK, hops, ffn, exchange, dtype)
   return y
 
 
