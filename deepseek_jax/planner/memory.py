@@ -14,6 +14,7 @@ from deepseek_jax.planner import (
   activations,
   communication,
   formats,
+  parameters,
   placement,
 )
 from deepseek_jax.planner.placement import Held, Stage
@@ -24,7 +25,8 @@ class Memory(NamedTuple):
 
   Attributes:
     state: float32 master weights and the moments.
-    weights: the copy in the compute dtype.
+    weights: the copy in the compute dtype; of a pipeline's program FP8 codes,
+      too.
     gradients: float32, summed over micro-batches.
     activations: kept for backward passes.
     deferred: kept besides for gradients of weights, in a pipeline's program.
@@ -106,12 +108,34 @@ def of_program(config: Config, schedule: Schedule | None = None) -> Memory:
   branch = kept + max(_working(config, s, rows, 0) for s in layers)
   return Memory(
     state=of_rank(config, schedule).state,
-    weights=width * step,
+    weights=width * step + _codes(config, whole),
     gradients=4 * step,
     activations=kept
     * max(simulate.peak_activations(schedule, r) for r in ranks),
     deferred=deferred * max(simulate.peak_deferred(schedule, r) for r in ranks),
     working=kept + deferred + max(given + head, branch),
+  )
+
+
+def _codes(config: Config, stage: Stage) -> float:
+  """Bytes of FP8 weights, made once a step, and once more turned.
+
+  Forwards and backwards products read them along different dimensions.  MTP's
+  are made anew for every micro-batch, with the head.
+  """
+  layers = stage._replace(mtp=0, embeds=False, heads=False)
+  held = placement.held(config.model, [layers])
+  attention = (stage.dense + stage.moe) * parameters.attention(config.model)
+  routed = on_device(held._replace(other=0), config.parallel)
+  counts = {
+    'attention': attention,
+    'dense': held.other - attention,
+    'experts': routed,
+  }
+  return 2 * sum(
+    formats.stored(config, module, 'fmt', count)
+    for module, count in counts.items()
+    if config.precision.of(module).fp8.enabled
   )
 
 
