@@ -29,6 +29,7 @@ setuptools.setup(
   license='Apache-2.0',
   python_requires='>=3.11',
   packages=setuptools.find_packages(include=['deepseek_jax*', 'experiments*']),
+  package_data={'deepseek_jax.kernels': ['*.cc']},
   install_requires=[
     'absl-py',
     'chex',

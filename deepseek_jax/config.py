@@ -432,7 +432,7 @@ class PrecisionConfig:
   mu_dtype: str = 'bfloat16'  # Adam's first moment.
   nu_dtype: str = 'bfloat16'  # Adam's second moment.
   fp8: FP8Config = FP8Config()
-  kernels: str = 'auto'  # Pallas kernels where they can run; xla: nowhere.
+  kernels: str = 'auto'  # Our kernels where they can run; xla: nowhere.
 
   def __post_init__(self):
     _choice('precision.compute_dtype', self.compute_dtype, DTYPES)

@@ -8,6 +8,8 @@ in `ops/`, and one argument more: `implementation`.
   'xla'         the reference
   'mosaic_gpu'  the kernel; what hinders it is an error, except for the device:
                 a program may be lowered for, or interpreted without, a GPU
+  'cpu'         likewise that for CPUs, of the few operations that have one,
+                if the machine can compile it
 
 Choices are made when a program is traced.  Runs print each kind of them once,
 by `told`; `--verbosity=0` prints every one, beside the file of the kernel.
@@ -21,9 +23,10 @@ from typing import Any, NamedTuple
 import jax
 from absl import logging
 
-from deepseek_jax.kernels import mosaic
+from deepseek_jax.kernels import cpu, mosaic
 
-IMPLEMENTATIONS = ('xla', 'mosaic_gpu')
+KERNELS = ('mosaic_gpu', 'cpu')
+IMPLEMENTATIONS = ('xla', *KERNELS)
 _HOPPER = ('H100', 'H200', 'H800', 'H20', 'GH200')
 _LISTENER = contextvars.ContextVar('listener', default=None)
 
@@ -50,8 +53,19 @@ def requested(setting: str) -> str | None:
   return None if setting == 'auto' else setting
 
 
+def kernel_for(implementation: str | None) -> str:
+  """Of an operation that has both kernels, the one that could run."""
+  if implementation in KERNELS:
+    return implementation
+  return 'cpu' if mosaic.target().platform == 'cpu' else 'mosaic_gpu'
+
+
 def choose(
-  implementation: str | None, obstacles: Sequence[str], op: str, *operands: Any
+  implementation: str | None,
+  obstacles: Sequence[str],
+  op: str,
+  *operands: Any,
+  kernel: str = 'mosaic_gpu',
 ) -> Choice:
   """Decides for one call.
 
@@ -60,17 +74,18 @@ def choose(
     obstacles: why the kernel cannot take these arguments; none: it can.
     op: what is computed, for a person.
     *operands: arrays, whose shapes are told.
+    kernel: which one could run.
 
   Raises:
     ValueError: for an unknown implementation, or a kernel that was asked for
       and cannot take the arguments.
   """
-  choice = _choose(implementation, obstacles)
+  choice = _choose(implementation, obstacles, kernel)
   shapes = ' '.join('x'.join(map(str, x.shape)) for x in operands)
   logging.info('%s %s: %s: %s', op, shapes, *choice, stacklevel=2)
   listener = _LISTENER.get()
   if listener is not None:
-    listener(op, shapes, choice)
+    listener(op, shapes, choice, kernel)
   return choice
 
 
@@ -83,8 +98,8 @@ def told(say: Callable[[str], None]) -> Iterator[None]:
   """
   told_before = set()
 
-  def listener(op, shapes, choice):
-    lacks = [] if choice.is_kernel else device_obstacles()
+  def listener(op, shapes, choice, kernel):
+    lacks = [] if choice.is_kernel else device_obstacles(kernel)
     key, line = (op, *choice), f'{op} {shapes}: {": ".join(choice)}'
     if lacks and all(lack in choice.reason for lack in lacks):
       key = line = f'none: {"; ".join(lacks)}'
@@ -99,7 +114,7 @@ def told(say: Callable[[str], None]) -> Iterator[None]:
     _LISTENER.reset(token)
 
 
-def _choose(implementation, obstacles):
+def _choose(implementation, obstacles, kernel):
   if implementation not in (None, *IMPLEMENTATIONS):
     raise ValueError(
       f'implementation={implementation!r}: choose one of '
@@ -107,28 +122,48 @@ def _choose(implementation, obstacles):
     )
   if implementation == 'xla':
     return Choice('xla', 'asked for')
+  if implementation not in (None, kernel):
+    obstacles = [*obstacles, f'the kernel is {kernel}']
+  elif implementation == 'cpu' and cpu.obstacle():
+    obstacles = [*obstacles, cpu.obstacle()]
   if implementation is not None and obstacles:
     raise ValueError(
-      f"implementation='mosaic_gpu': {'; '.join(obstacles)}; use None to fall "
-      'back on XLA'
+      f'implementation={implementation!r}: {"; ".join(obstacles)}; use None to '
+      'fall back on XLA'
     )
   if implementation is not None:
     return Choice(implementation, 'asked for')
-  obstacles = [*obstacles, *device_obstacles()]
+  obstacles = [*obstacles, *device_obstacles(kernel)]
   if obstacles:
     return Choice('xla', '; '.join(obstacles))
-  return Choice('mosaic_gpu', f'made for {mosaic.target().device_kind}')
+  return Choice(kernel, f'made for {mosaic.target().device_kind}')
 
 
-def device_obstacles() -> list[str]:
-  """Why no kernel runs on the device, or under the mesh, that is traced for."""
+def device_obstacles(kernel: str = 'mosaic_gpu') -> list[str]:
+  """Why it cannot run on the device or the mesh that is traced for."""
   device, mesh = mosaic.target(), jax.sharding.get_abstract_mesh()
-  if device.platform not in ('gpu', 'cuda'):
-    return [f'the device is a {device.platform}']
-  if not any(name in device.device_kind for name in _HOPPER):
-    return [f'{device.device_kind} is no Hopper GPU']
+  if kernel == 'cpu':
+    found = _lacks_of_cpu(device)
+  else:
+    found = _lacks_of_hopper(device)
+  if found:
+    return found
   shared = [n for n in mesh.auto_axes if mesh.shape[n] > 1]
   if shared:
     # XLA cannot cut a kernel: it would gather the operands on every device.
     return [f'the mesh axes {", ".join(map(str, shared))} are automatic']
+  return []
+
+
+def _lacks_of_cpu(device):
+  if device.platform != 'cpu':
+    return [f'the device is a {device.platform}']
+  return [cpu.obstacle()] if cpu.obstacle() else []
+
+
+def _lacks_of_hopper(device):
+  if device.platform not in ('gpu', 'cuda'):
+    return [f'the device is a {device.platform}']
+  if not any(name in device.device_kind for name in _HOPPER):
+    return [f'{device.device_kind} is no Hopper GPU']
   return []

@@ -26,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from deepseek_jax.kernels import dispatch, mosaic, registers
+from deepseek_jax.kernels import dispatch, few_rows, mosaic, registers
 from deepseek_jax.ops import cached_attention
 
 _ROWS = 64
@@ -70,14 +70,19 @@ def attend_latents(
   *,
   implementation: str | None = None,
 ) -> jax.Array:
-  """`cached_attention.attend_latents`, by the kernel where it can run."""
-  found = obstacles(q_BTNX, cache_BSX, width, scale)
-  operands = q_BTNX, cache_BSX
-  choice = dispatch.choose(implementation, found, 'decode', *operands)
-  if not choice.is_kernel:
-    return cached_attention.attend_latents(
-      q_BTNX, cache_BSX, width, positions_BT, scale
-    )
+  """`cached_attention.attend_latents`, by a kernel where one can run."""
+  kernel, operands = dispatch.kernel_for(implementation), (q_BTNX, cache_BSX)
+  if kernel == 'cpu':
+    found = few_rows.obstacles(*operands)
+  else:
+    found = obstacles(*operands, width, scale)
+  choice = dispatch.choose(
+    implementation, found, 'decode', *operands, kernel=kernel
+  )
+  if choice.implementation != 'mosaic_gpu':
+    on_cpu = choice.implementation == 'cpu'
+    attend = few_rows if on_cpu else cached_attention
+    return attend.attend_latents(*operands, width, positions_BT, scale)
   B, T, N, X = q_BTNX.shape
   rows = T * N
   tiles = -(-rows // _ROWS)

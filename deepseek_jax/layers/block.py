@@ -73,6 +73,6 @@ class Block(nn.Module):
       precision = self.precision.of('dense')
       ffn = MLP(c.inter_dim, c.init_std, precision, name='ffn')
       hidden = normed(x_BTD, scale, c.norm_eps, precision)
-      out_BTD, stats = ffn(hidden), None
+      out_BTD, stats = ffn(hidden, decodes), None
     x_BTD += out_BTD
     return (x_BTD, stats, cache) if decodes else (x_BTD, stats)

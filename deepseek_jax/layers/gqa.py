@@ -43,7 +43,7 @@ class GQA(nn.Module):
     def project(name, heads):
       init = params.normal(c.init_std, 'dim', 'heads', None)
       w = self.param(name, init, (c.dim, heads, H), jnp.float32)
-      return linear(x, w, name, self.precision)
+      return linear(x, w, name, self.precision, decodes=cache is not None)
 
     q = rope.rotate(project('wq', c.n_heads), positions_BT, c.rope)
     k = rope.rotate(project('wk', c.n_kv_heads), positions_BT, c.rope)
@@ -63,7 +63,8 @@ class GQA(nn.Module):
       out = cached_attention.attend_rows(q, *cache, positions_BT, scale)
     init = params.normal(c.init_std, 'heads', None, 'dim')
     wo = self.param('wo', init, (c.n_heads, H, c.dim), jnp.float32)
-    out_BTD = linear(out, wo, 'wo', self.precision, axes=2, saved=kept)
+    how = {'saved': kept, 'decodes': cache is not None}
+    out_BTD = linear(out, wo, 'wo', self.precision, axes=2, **how)
     return out_BTD if cache is None else (out_BTD, cache)
 
   def _repeat(self, *heads):

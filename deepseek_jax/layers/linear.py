@@ -12,7 +12,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import PrecisionConfig
-from deepseek_jax.kernels import fp8
+from deepseek_jax.kernels import dispatch, few_rows, fp8
 from deepseek_jax.ops import (
   fp8_delayed,
   fp8_linear,
@@ -70,6 +70,7 @@ def linear(
   precision: PrecisionConfig,
   axes: int = 1,
   saved: Any = None,
+  decodes: bool = False,
 ) -> jax.Array:
   """`tensordot(x, w, axes)`: [..., *in] and [*in, *out] give [..., *out].
 
@@ -85,6 +86,7 @@ def linear(
     precision: of the model.
     axes: how many axes `in` are.
     saved: what is kept of `x` for the backward pass already, if anything.
+    decodes: inference, whose rows may be few: no gradient is taken.
   """
   D, out = math.prod(w.shape[:axes]), w.shape[axes:]
   lead = x.shape[: len(x.shape) - axes]
@@ -92,7 +94,12 @@ def linear(
     # Of matrices, not of higher ranks: the gradient by `w` would contract two
     # dimensions, for which XLA transposes both operands in memory.
     w_DF = quantize.dense(w, x.dtype, axes).reshape(D, -1)
-    y_TF = x.reshape(-1, D) @ w_DF
+    x_TD = x.reshape(-1, D)
+    if decodes:
+      chosen = dispatch.requested(precision.kernels)
+      y_TF = few_rows.multiply(x_TD, w_DF, implementation=chosen)
+    else:
+      y_TF = x_TD @ w_DF
   elif isinstance(w, Delayed):
     if isinstance(x, Input):  # Of SwiGLU.
       x, saved = x.x_TD, x.saved

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig, PrecisionConfig
-from deepseek_jax.kernels import dispatch, mla_attention, mla_decode
+from deepseek_jax.kernels import dispatch, few_rows, mla_attention, mla_decode
 from deepseek_jax.layers import params
 from deepseek_jax.layers.linear import (
   attention_kept,
@@ -52,8 +52,9 @@ class MLA(nn.Module):
     """
     c, mla = self.config, self.config.mla
     x, kept = share(x_BTD, self.precision), None
-    q_nope, q_pe = self._queries(x, positions_BT)
-    c_kv, k_pe = self._latents(x, positions_BT)
+    decodes = cache_BSX is not None
+    q_nope, q_pe = self._queries(x, positions_BT, decodes)
+    c_kv, k_pe = self._latents(x, positions_BT, decodes)
     wkv_b = self._weight(
       'wkv_b',
       (mla.kv_lora_rank, c.n_heads, mla.qk_nope_head_dim + mla.v_head_dim),
@@ -62,7 +63,7 @@ class MLA(nn.Module):
     scale = rope.softmax_scale(
       c.rope, mla.qk_nope_head_dim + mla.qk_rope_head_dim
     )
-    if cache_BSX is None:
+    if not decodes:
       q, (k, v) = _join(q_nope, q_pe), self._expand(c_kv, k_pe, wkv_b)
       keep = attention_kept(self.precision)
       chosen = dispatch.requested(self.precision.kernels)
@@ -79,36 +80,37 @@ class MLA(nn.Module):
     wo = self._weight(
       'wo', (c.n_heads, mla.v_head_dim, c.dim), ('heads', None, 'dim')
     )
-    out_BTD = linear(out_BTNU, wo, 'wo', self.precision, axes=2, saved=kept)
-    return out_BTD if cache_BSX is None else (out_BTD, cache_BSX)
+    how = {'saved': kept, 'decodes': decodes}
+    out_BTD = linear(out_BTNU, wo, 'wo', self.precision, axes=2, **how)
+    return (out_BTD, cache_BSX) if decodes else out_BTD
 
   def _weight(self, name, shape, axes):
     init = params.normal(self.config.init_std, *axes)
     return self.param(name, init, shape, jnp.float32)
 
-  def _queries(self, x, positions_BT):
+  def _queries(self, x, positions_BT, decodes):
     """`q_nope` [B, T, N, H] and rotated `q_pe` [B, T, N, P]."""
     c, mla = self.config, self.config.mla
     head_dim = mla.qk_nope_head_dim + mla.qk_rope_head_dim
     if mla.q_lora_rank:
       wq_a = self._weight('wq_a', (c.dim, mla.q_lora_rank), ('dim', None))
-      latent = linear(x, wq_a, 'wq_a', self.precision)
+      latent = linear(x, wq_a, 'wq_a', self.precision, decodes=decodes)
       scale = params.norm_scale(self, 'q_norm', mla.q_lora_rank)
       latent = normed(latent, scale, c.norm_eps, self.precision)
       name, width, axis = 'wq_b', mla.q_lora_rank, None
     else:
       latent, name, width, axis = x, 'wq', c.dim, 'dim'
     w = self._weight(name, (width, c.n_heads, head_dim), (axis, 'heads', None))
-    q_BTNH = linear(latent, w, name, self.precision)
+    q_BTNH = linear(latent, w, name, self.precision, decodes=decodes)
     q_nope, q_pe = jnp.split(q_BTNH, [mla.qk_nope_head_dim], -1)
     return q_nope, rope.rotate(q_pe, positions_BT, c.rope)
 
-  def _latents(self, x, positions_BT):
+  def _latents(self, x, positions_BT, decodes):
     """Normalised `c_kv` [B, T, C] and rotated shared `k_pe` [B, T, P]."""
     c, mla = self.config, self.config.mla
     width = mla.kv_lora_rank + mla.qk_rope_head_dim
     wkv_a = self._weight('wkv_a', (c.dim, width), ('dim', None))
-    latent = linear(x, wkv_a, 'wkv_a', self.precision)
+    latent = linear(x, wkv_a, 'wkv_a', self.precision, decodes=decodes)
     c_kv, k_pe = jnp.split(latent, [mla.kv_lora_rank], -1)
     scale = params.norm_scale(self, 'kv_norm', mla.kv_lora_rank)
     # Not `normed`: these are columns of an array, which XLA would have to copy
@@ -151,7 +153,7 @@ class MLA(nn.Module):
     mla = self.config.mla
     w_uk, w_uv = self._absorbed(wkv_b, new_BTX.dtype)
     cache_BSX = cached_attention.write_rows(cache_BSX, new_BTX, positions_BT)
-    q_latent = jnp.einsum('BTNH,NHC->BTNC', q_nope, w_uk)
+    q_latent = self._per_head(q_nope, w_uk)
 
     def attend(q_BTNX, cache_BSX, positions_BT):
       return mla_decode.attend_latents(
@@ -165,7 +167,14 @@ class MLA(nn.Module):
 
     q_BTNX = _join(q_latent, q_pe)
     out_BTNC = sharding.by_sequence(attend)(q_BTNX, cache_BSX, positions_BT)
-    return jnp.einsum('BTNC,NCU->BTNU', out_BTNC, w_uv), cache_BSX
+    return self._per_head(out_BTNC, w_uv), cache_BSX
+
+  def _per_head(self, x_BTNH, w_NHC):
+    """A product with each head's matrix: [B, T, N, C]."""
+    chosen = dispatch.requested(self.precision.kernels)
+    x_RNH = x_BTNH.reshape(-1, *x_BTNH.shape[2:])
+    y_RNC = few_rows.multiply(x_RNH, w_NHC, implementation=chosen)
+    return y_RNC.reshape(*x_BTNH.shape[:3], -1)
 
   def _absorbed(self, wkv_b, dtype):
     """W_UK [N, H, C] and W_UV [N, C, U]: transposing costs more than using."""

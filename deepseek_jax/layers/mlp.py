@@ -19,8 +19,11 @@ class MLP(nn.Module):
   precision: PrecisionConfig = PrecisionConfig()
 
   @nn.compact
-  def __call__(self, x_BTD: Any) -> jax.Array:
-    """[B, T, D], or what `normed` gave, to [B, T, D] in its dtype."""
+  def __call__(self, x_BTD: Any, decodes: bool = False) -> jax.Array:
+    """[B, T, D], or what `normed` gave, to [B, T, D] in its dtype.
+
+    `decodes`: see `linear`.
+    """
     D, F = x_BTD.shape[-1], self.inter_dim
     up = params.normal(self.init_std, 'dim', 'mlp')
     down = params.normal(self.init_std, 'mlp', 'dim')
@@ -28,7 +31,7 @@ class MLP(nn.Module):
     w2 = self.param('w2', down, (F, D), jnp.float32)
     w3 = self.param('w3', up, (D, F), jnp.float32)
     x = share(x_BTD, self.precision)
-    gate = linear(x, w1, 'w1', self.precision)
-    up = linear(x, w3, 'w3', self.precision)
+    how = {'precision': self.precision, 'decodes': decodes}
+    gate, up = linear(x, w1, 'w1', **how), linear(x, w3, 'w3', **how)
     hidden = swiglu(gate, up, self.precision)
-    return linear(hidden, w2, 'w2', self.precision)
+    return linear(hidden, w2, 'w2', **how)

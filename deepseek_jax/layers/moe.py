@@ -10,7 +10,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig, ParallelConfig, PrecisionConfig
-from deepseek_jax.kernels import dispatch, expert_decode, experts, fp8_experts
+from deepseek_jax.kernels import (
+  dispatch,
+  expert_decode,
+  experts,
+  few_rows,
+  fp8_experts,
+)
 from deepseek_jax.layers import params
 from deepseek_jax.layers.linear import recipe_of
 from deepseek_jax.layers.mlp import MLP
@@ -64,7 +70,7 @@ class MoE(nn.Module):
         is dropped over capacity, for what follows a token is not known.
     """
     moe = self.config.moe
-    route = self._route(x_BTD)
+    route = self._route(x_BTD, decodes)
     dropped = jnp.zeros((), jnp.float32)
     if moe.capacity_factor and not decodes:
       kept = routing.drop_over_capacity(route, moe, mask_BT)
@@ -80,7 +86,7 @@ class MoE(nn.Module):
         self.precision.of('dense'),
         name='shared',
       )
-      y_BTD += sharding.apart(shared(x_BTD))
+      y_BTD += sharding.apart(shared(x_BTD, decodes))
     stats = MoEStats(
       routing.expert_counts(route.expert_ids_TK, moe.n_routed_experts, mask_BT),
       self._balance_loss(route, mask_BT),
@@ -127,7 +133,7 @@ class MoE(nn.Module):
     )
     return y_TD.reshape(x_BTD.shape)
 
-  def _route(self, x_BTD):
+  def _route(self, x_BTD, decodes):
     """The gate, in float32: a `Routing` with leading dimensions [B, T]."""
     c = self.config
     E = c.moe.n_routed_experts
@@ -136,7 +142,11 @@ class MoE(nn.Module):
     bias = self.variable('router_state', 'bias', jnp.zeros, (E,), jnp.float32)
     x_TD = x_BTD.reshape(-1, c.dim).astype(jnp.float32)
     # By default float32 products are TF32 on Ampere and Hopper.
-    logits = jnp.matmul(x_TD, gate_DE, precision=jax.lax.Precision.HIGHEST)
+    how = {'precision': jax.lax.Precision.HIGHEST}
+    if decodes:
+      how['implementation'] = dispatch.requested(self.precision.kernels)
+    multiply = few_rows.multiply if decodes else jnp.matmul
+    logits = multiply(x_TD, gate_DE, **how)
     logits = logits.reshape(*x_BTD.shape[:-1], E)
     logits = checkpoint_name(logits, 'routing')
 

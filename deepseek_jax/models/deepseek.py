@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig, ParallelConfig, PrecisionConfig
+from deepseek_jax.kernels import dispatch, few_rows
 from deepseek_jax.layers import params, stack
 from deepseek_jax.layers.block import Block
 from deepseek_jax.models.mtp import MTP
@@ -170,18 +171,25 @@ class Transformer(nn.Module):
     return self._encode(embeddings_BTD, self._layer_args(segments_BT))[0]
 
   def unembed(self, hidden: jax.Array) -> jax.Array:
-    """Float32 logits [..., V] of hidden states [..., D], for inference.
-
-    Training never makes them: see `losses.cross_entropy`.
-    """
-    head = self.embed if self.config.tie_embeddings else self.head
-    return losses.logits(hidden, head.astype(self.dtype))
+    """Float32 logits [..., V] of hidden states [..., D], for inference."""
+    chosen = dispatch.requested(self.precision.kernels)
+    x_TD = hidden.reshape(-1, hidden.shape[-1])
+    how = {'transposed': True, 'dtype': jnp.float32, 'implementation': chosen}
+    z_TV = few_rows.multiply(x_TD, self._head(), **how)
+    return z_TV.reshape(*hidden.shape[:-1], -1)
 
   def logits(
     self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None
   ) -> jax.Array:
-    """The main head's float32 logits [B, T, V]."""
-    return self.unembed(self.encode(tokens_BT, segments_BT))
+    """The main head's float32 logits [B, T, V].
+
+    Training never makes them: see `losses.cross_entropy`.
+    """
+    return losses.logits(self.encode(tokens_BT, segments_BT), self._head())
+
+  def _head(self):
+    head = self.embed if self.config.tie_embeddings else self.head
+    return head.astype(self.dtype)
 
   def extend(
     self,

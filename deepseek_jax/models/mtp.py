@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig, ParallelConfig, PrecisionConfig
+from deepseek_jax.kernels import dispatch, few_rows
 from deepseek_jax.layers import params
 from deepseek_jax.layers.block import Block
 from deepseek_jax.layers.moe import MoEStats
@@ -70,9 +71,17 @@ class MTP(nn.Module):
     eh_proj = self.param('eh_proj', init, (2 * c.dim, c.dim), jnp.float32)
     is_moe = c.moe.n_routed_experts > 0
     block = Block(c, is_moe, self.precision, self.parallel, name='block')
-    x_BTD = checkpoint_name(both @ eh_proj.astype(both.dtype), 'eh_proj')
+    x_BTD = self._project(both, eh_proj.astype(both.dtype), cache is not None)
     x_BTD, *rest = block(
       x_BTD, positions_BT, segments_BT, mask_BT, cache, prefill
     )
     # The gradient of `norm` needs it, and else would run the experts again.
     return norm('norm', checkpoint_name(x_BTD, 'mtp_out')), *rest
+
+  def _project(self, both, eh_proj, decodes):
+    if not decodes:
+      return checkpoint_name(both @ eh_proj, 'eh_proj')
+    chosen = dispatch.requested(self.precision.kernels)
+    rows = both.reshape(-1, both.shape[-1])
+    x_TD = few_rows.multiply(rows, eh_proj, implementation=chosen)
+    return x_TD.reshape(*both.shape[:-1], -1)
