@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import unittest
 from unittest import mock
 
 import jax
@@ -28,6 +29,11 @@ from deepseek_jax.training import step
 from tests import tolerances
 
 CPU = {'implementation': 'cpu'}
+
+
+def setUpModule():
+  if cpu.obstacle():
+    raise unittest.SkipTest(cpu.obstacle())
 
 
 def _normal(shape, dtype=np.float32, seed=0):

@@ -59,7 +59,8 @@ class ChooseTest(parameterized.TestCase):
       dispatch.choose(None, ['too narrow'], 'sum')
       dispatch.choose('xla', [], 'product')
     self.assertEqual(lines, [
-      'kernels: none: the device is a cpu', 'kernels: product : xla: asked for'
+      'kernels: none of mosaic_gpu: the device is a cpu',
+      'kernels: product : xla: asked for',
     ])  # fmt: skip
 
   def test_what_a_model_is_declared_by_is_not_told(self):

@@ -102,7 +102,7 @@ def told(say: Callable[[str], None]) -> Iterator[None]:
     lacks = [] if choice.is_kernel else device_obstacles(kernel)
     key, line = (op, *choice), f'{op} {shapes}: {": ".join(choice)}'
     if lacks and all(lack in choice.reason for lack in lacks):
-      key = line = f'none: {"; ".join(lacks)}'
+      key = line = f'none of {kernel}: {"; ".join(lacks)}'
     if key not in told_before:
       told_before.add(key)
       say(f'kernels: {line}')
