@@ -36,12 +36,6 @@ _HAS_TORCH = sys.version_info < (3, 12) or importlib.util.find_spec('torch')
 collect_ignore = [] if _HAS_TORCH else NEED_TORCH
 
 
-def pytest_collection_modifyitems(items):
-  """Files with slow tests come first, so that no process ends on one alone."""
-  slow = {item.path for item in items if item.get_closest_marker('slow')}
-  items.sort(key=lambda item: item.path not in slow)
-
-
 def pytest_terminal_summary(terminalreporter):
   if collect_ignore:
     names = ', '.join(collect_ignore)
