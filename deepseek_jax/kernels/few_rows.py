@@ -3,6 +3,7 @@
 None of them has a gradient.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -34,7 +35,8 @@ def multiply(
 ) -> jax.Array:
   """`ops.few_rows.multiply`, by a kernel for up to `MOST` rows."""
   elsewhere = implementation is None and mosaic.target().platform != 'cpu'
-  if elsewhere or x.shape[0] > MOST:
+  rows = math.prod(x.shape[: x.ndim - w.ndim + 1])
+  if elsewhere or rows > MOST:
     return reference.multiply(x, w, transposed, dtype, precision)
   found, op = obstacles(x, w), 'product of few rows'
   dtype = jnp.dtype(dtype or x.dtype)
@@ -44,9 +46,10 @@ def multiply(
   if not choice.is_kernel:
     return reference.multiply(x, w, transposed, dtype, precision)
   N = w.shape[-2] if transposed else w.shape[-1]
-  x_RGK, w_G = (x[:, None], w[None]) if x.ndim == 2 else (x, w)
-  y = _call('product', (*x_RGK.shape[:2], N), dtype)(
-    x_RGK, w_G, transposed=transposed
+  w_G = w if w.ndim == 3 else w[None]
+  G, K = w_G.shape[0], x.shape[-1]
+  y = _call('product', (rows, G, N), dtype)(
+    x.reshape(rows, G, K), w_G, transposed=transposed
   )
   return y.reshape(*x.shape[:-1], N)
 

@@ -172,9 +172,7 @@ class MLA(nn.Module):
   def _per_head(self, x_BTNH, w_NHC):
     """A product with each head's matrix: [B, T, N, C]."""
     chosen = dispatch.requested(self.precision.kernels)
-    x_RNH = x_BTNH.reshape(-1, *x_BTNH.shape[2:])
-    y_RNC = few_rows.multiply(x_RNH, w_NHC, implementation=chosen)
-    return y_RNC.reshape(*x_BTNH.shape[:3], -1)
+    return few_rows.multiply(x_BTNH, w_NHC, implementation=chosen)
 
   def _absorbed(self, wkv_b, dtype):
     """W_UK [N, H, C] and W_UV [N, C, U]: transposing costs more than using."""

@@ -173,10 +173,8 @@ class Transformer(nn.Module):
   def unembed(self, hidden: jax.Array) -> jax.Array:
     """Float32 logits [..., V] of hidden states [..., D], for inference."""
     chosen = dispatch.requested(self.precision.kernels)
-    x_TD = hidden.reshape(-1, hidden.shape[-1])
     how = {'transposed': True, 'dtype': jnp.float32, 'implementation': chosen}
-    z_TV = few_rows.multiply(x_TD, self._head(), **how)
-    return z_TV.reshape(*hidden.shape[:-1], -1)
+    return few_rows.multiply(hidden, self._head(), **how)
 
   def logits(
     self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None

@@ -82,6 +82,4 @@ class MTP(nn.Module):
     if not decodes:
       return checkpoint_name(both @ eh_proj, 'eh_proj')
     chosen = dispatch.requested(self.precision.kernels)
-    rows = both.reshape(-1, both.shape[-1])
-    x_TD = few_rows.multiply(rows, eh_proj, implementation=chosen)
-    return x_TD.reshape(*both.shape[:-1], -1)
+    return few_rows.multiply(both, eh_proj, implementation=chosen)

@@ -13,17 +13,17 @@ def multiply(
   dtype: Any = None,
   precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array:
-  """`x` [R, K] times `w` [K, N]: [R, N].
+  """`x` [..., K] times `w` [K, N]: [..., N].
 
   Args:
-    x: or [R, G, K], of which each of G groups has a `w` of its own.
-    w: in the dtype of `x`; or [G, K, N], which gives [R, G, N].
+    x: or [..., G, K], of which each of G groups has a `w` of its own.
+    w: in the dtype of `x`; or [G, K, N], which gives [..., G, N].
     transposed: `w` is [N, K], [G, N, K].
     dtype: of the result; None: that of `x`.  Sums are float32.
     precision: of float32 products, as for `jnp.matmul`.
   """
-  groups = 'G' if x.ndim == 3 else ''
+  groups = 'G' if w.ndim == 3 else ''
   matrix = 'NK' if transposed else 'KN'
-  spec = f'R{groups}K,{groups}{matrix}->R{groups}N'
+  spec = f'...{groups}K,{groups}{matrix}->...{groups}N'
   how = {'precision': precision, 'preferred_element_type': dtype}
   return jnp.einsum(spec, x, w, **how)
