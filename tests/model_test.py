@@ -160,6 +160,21 @@ class TransformerTest(parameterized.TestCase):
         tolerances.FLOAT32_MATH,
       )
 
+  def test_what_is_computed_with_it_is_not_declared(self):
+    changes = {
+      'precision.fp8.enabled': True,
+      'precision.compute_dtype': 'bfloat16',
+      'parallel.expert': 2,
+      'train.remat': 'full',
+    }
+    model = step.build_model(config_lib.replace(presets.tiny(), changes))
+
+    def init(rng):
+      return model.init(rng, method=lambda module: module.embed)
+
+    own = jax.eval_shape(init, jax.random.key(0))
+    self.assertEqual(step.declare(model), own)
+
   def test_initial_values(self):
     """N(0, init_std) matrices, unit norms, zero biases; layers differ."""
     config = presets.tiny().model

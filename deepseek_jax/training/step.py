@@ -6,6 +6,7 @@ a sum over the whole batch divided by a count of the whole batch, so that it
 does not depend on how the batch is cut into micro-batches or shards.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -50,6 +51,16 @@ def build_model(config: Config) -> deepseek.Transformer:
 
 def declare(model: deepseek.Transformer) -> dict[str, Any]:
   """The collections as shapes, with their axis names and initialisers."""
+  return jax.tree.map(lambda x: x, _declare(model.config))  # The caller's own.
+
+
+@functools.lru_cache(64)
+def _declare(config):
+  """Whatever computes with parameters, how they are declared is the same.
+
+  Each layer is traced for it, which takes a second, and several with FP8.
+  """
+  model = deepseek.Transformer(config)
 
   def init(rng):  # `setup` declares everything; nothing need be called.
     return model.init(rng, method=lambda module: module.embed)
@@ -103,7 +114,7 @@ def init_state(
   layout: Layout | None = None,
 ) -> TrainState:
   """The state before the first step."""
-  declared = declare(model)  # Once, for it takes a second.
+  declared = declare(model)
   like = _abstract_state(declared, model.precision.fp8, tx, layout)
   shardings = jax.tree.map(lambda x: x.sharding, like)
   placed = {'params': shardings.params, 'router_state': shardings.router_state}
