@@ -1,6 +1,7 @@
 """The host average against float64, and against a step that donates."""
 
 import threading
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -120,4 +121,23 @@ class EMATest(parameterized.TestCase):
     ema = ema_lib.HostEMA({'w': jnp.zeros((8, 6))}, 0.5)
     ema.update({'w': jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))})
     np.testing.assert_array_equal(ema.value()['w'], 0.5 * np.asarray(x))
+    ema.close()
+
+  def test_parameters_that_devices_share_are_copied_device_by_device(self):
+    mesh = jax.make_mesh(
+      (4, 2), ('a', 'b'), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('a'))
+    start, new = np.ones((8, 6), np.float32), np.arange(48.0).reshape(8, 6)
+    ema = ema_lib.HostEMA({'w': jax.device_put(start, place)}, 0.5)
+    new = jax.device_put(new.astype(np.float32), place)
+    with mock.patch.object(jax, 'device_put', wraps=jax.device_put) as put:
+      ema.update({'w': new})
+    copied = jax.tree.leaves(put.call_args.args[0])
+    assert len(copied) == 4  # Each part once, not on both its devices.
+    # Where processes share it, JAX copies the whole by a program, of which a
+    # CPU client of four devices takes 32; then it may wait for itself.
+    assert all(len(x.sharding.device_set) == 1 for x in copied)
+    average = np.asarray(ema.value()['w'])
+    np.testing.assert_array_equal(average, (start + np.asarray(new)) / 2)
     ema.close()

@@ -57,10 +57,17 @@ class HostEMA:
       len(self._pending) >= self._max_pending or self._pending[0].done()
     ):
       self._finish_oldest()
+    parts = [
+      ema.parts_of(x)
+      for ema, x in zip(jax.tree.leaves(self._ema), jax.tree.leaves(params))
+    ]
     # Not np.asarray: on a CPU that is a view of the buffer, and while the view
     # lives the next step cannot reuse the buffer and silently copies it.
-    # device_put copies, and the runtime runs it before a later donation.
-    copies = jax.device_put(params, jax.tree.map(_host_sharding, params))
+    # device_put copies, and the runtime runs it before a later donation.  Not
+    # of `params` itself: for an array that other processes share, that is a
+    # program.  One for each array, behind a step that has not begun on all of a
+    # process's CPU devices, can take the threads that it would begin on.
+    copies = jax.device_put(parts, jax.tree.map(_host_sharding, parts))
     self._pending.append(self._worker.submit(self._fold, copies, taken))
 
   def wait(self) -> None:
@@ -86,10 +93,10 @@ class HostEMA:
     self._pending[0].result()
     self._pending.popleft()
 
-  def _fold(self, params, taken):
+  def _fold(self, parts, taken):
     if not bool(taken):
       return
-    for ema, new in zip(jax.tree.leaves(self._ema), jax.tree.leaves(params)):
+    for ema, new in zip(jax.tree.leaves(self._ema), parts):
       ema.fold(new, self._decay)
 
 
@@ -104,10 +111,15 @@ class _Average:
       for key, part in self._cut(x).items()
     }
 
-  def fold(self, new: Any, decay: float) -> None:
-    for key, part in self._cut(new).items():
-      own = self._parts[key].reshape(-1)
-      _fold_array(own, part.reshape(-1), decay)
+  def parts_of(self, x: Any) -> list[Any]:
+    """Those of `x` that are averaged, each on one device if `x` is shared."""
+    cut = self._cut(x)
+    return [cut[key] for key in self._parts]
+
+  def fold(self, new: list[Any], decay: float) -> None:
+    """`new`: as from `parts_of`."""
+    for own, part in zip(self._parts.values(), new):
+      _fold_array(own.reshape(-1), np.asarray(part).reshape(-1), decay)
 
   def copy(self) -> Any:
     if self._sharding is None:
@@ -121,9 +133,8 @@ class _Average:
   def _cut(self, x):
     """The different parts of `x` that this process has; () is the whole."""
     if self._sharding is None:
-      return {(): np.asarray(x)}
-    shards = {_key(shard.index): shard.data for shard in x.addressable_shards}
-    return {key: np.asarray(data) for key, data in shards.items()}
+      return {(): x}
+    return {_key(shard.index): shard.data for shard in x.addressable_shards}
 
 
 def _is_shared(x: Any) -> bool:
