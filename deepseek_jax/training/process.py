@@ -82,6 +82,25 @@ def join(config: config_lib.ParallelConfig) -> None:
     # There JAX finds the first process's kept programs only: it would come to
     # its first collective while the others compile, and gloo waits for 30 s.
     jax.config.update('jax_enable_compilation_cache', False)
+    _keep_stdout()
+
+
+def _keep_stdout():
+  """Sends what gloo says in C++, of each connection, to stderr.
+
+  Amid the text of several processes' generation, half a line of it ended there.
+  """
+  sys.stdout.flush()
+  try:
+    if sys.stdout.fileno() != 1:  # A notebook's.
+      return
+  except OSError:
+    return
+  own = os.dup(1)
+  os.dup2(2, 1)
+  sys.stdout = open(  # noqa: SIM115  As long-lived as the process.
+    own, 'w', 1, encoding=sys.stdout.encoding, errors=sys.stdout.errors
+  )
 
 
 def _check_port(coordinator):
