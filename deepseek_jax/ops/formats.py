@@ -6,6 +6,7 @@ many bits.
 """
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -116,6 +117,11 @@ def _exponent(x: jax.Array) -> jax.Array:
   return ((bits >> 23) & 0xFF) - 127
 
 
+# A step takes these hundreds of times, of few shapes.
+_traced_once = functools.partial(jax.jit, static_argnames='fmt', inline=True)
+
+
+@_traced_once
 def round_to(x: jax.Array, fmt: Format) -> jax.Array:
   """The nearest number of `fmt`, ties to even: float32, of the shape of `x`.
 
@@ -141,6 +147,7 @@ def round_to(x: jax.Array, fmt: Format) -> jax.Array:
   return jnp.where(jnp.isfinite(x), clipped, overflow)
 
 
+@_traced_once
 def encode(x: jax.Array, fmt: Format) -> jax.Array:
   """`round_to`, stored in `fmt.dtype`."""
   rounded = round_to(x, fmt)
@@ -167,6 +174,7 @@ def encode(x: jax.Array, fmt: Format) -> jax.Array:
   return code.astype(fmt.dtype)
 
 
+@_traced_once
 def decode(codes: jax.Array, fmt: Format) -> jax.Array:
   """The float32 numbers that `encode` stored."""
   if fmt == BF16:

@@ -214,6 +214,9 @@ def scale_of(
   raise ValueError(f'scale={scale!r}: choose one of {", ".join(SCALES)}')
 
 
+@functools.partial(
+  jax.jit, static_argnames=('tile', 'fmt', 'scale', 'min_amax'), inline=True
+)
 def quantize(
   x: jax.Array,
   tile: tuple[int, int],
