@@ -243,8 +243,9 @@ class MapTest(parameterized.TestCase):
       return [b.apply(v, x, *args)[0] for b, v in zip((dense, moe), variables)]
 
     before = run(variables)
+    rounded = jax.jit(_with_rounded, static_argnums=1)
     for name in _MODULES:
-      after = run(_with_rounded(variables, name))
+      after = run(rounded(variables, name))
       same = all((a == b).all() for a, b in zip(after, before))
       self.assertEqual(same, name == module, name)
 
