@@ -428,8 +428,8 @@ class LayersTest(Kernels):
         actual = grads(kernel, recipe)(weights, ids, x, *ws)
     else:  # The same steps, each by its reference.
       with mock.patch.object(fp8_experts, '_KERNEL', 'xla'):
-        actual = grads(kernel, recipe)(weights, ids, x, *ws)
-    expected = grads(fp8_experts_reference.expert_ffn, recipe)(
+        actual = jax.jit(grads(kernel, recipe))(weights, ids, x, *ws)
+    expected = jax.jit(grads(fp8_experts_reference.expert_ffn, recipe))(
       weights, ids, x, *ws
     )
     actual, expected = enlarged(actual), enlarged(expected)
