@@ -27,6 +27,7 @@ def make_mesh(**sizes):
 
 
 @functools.cache
+@functools.cache
 def _problem(crowded=False):
   """Arguments of `expert_ffn`, and a cotangent."""
   rng = np.random.default_rng(0)
@@ -95,7 +96,7 @@ class RaggedTest(parameterized.TestCase):
 
     ints = (starts, sizes, places, sizes.T)
     with jax.set_mesh(make_mesh(expert=W)):
-      got = run(operand, output, *(v.astype(np.int32) for v in ints))
+      got = jax.jit(run)(operand, output, *(v.astype(np.int32) for v in ints))
     np.testing.assert_array_equal(got, expected)
 
 
@@ -132,7 +133,8 @@ class RoutedFfnTest(parameterized.TestCase):
 
     batch = P(rules.EXPERTS)
     with jax.set_mesh(mesh):
-      counted = jax.shard_map(count, in_specs=batch, out_specs=batch)(ids)
+      run = jax.jit(jax.shard_map(count, in_specs=batch, out_specs=batch))
+      counted = run(ids)
     self.assertEqual(max(counted), rounds)
     got = _parallel(mesh, exchange, crowded=True)
     tolerances.assert_close(got, _single(True), tolerances.COMPONENT_PARITY)
