@@ -1,20 +1,24 @@
-"""A pipeline over two processes, then another one: the run of one device.
+"""Pipelines over two processes of four CPU devices: one device's steps.
 
-Two processes of four CPU devices hold two stages each, with two expert ranks.
-The run goes on in two of two, a stage each, under another schedule.  Gradients,
-losses, averages and validation are those of a single device, which can read
-what the others saved.
+Steps under every schedule, and a run whose pipeline has two stages a process,
+with two expert ranks.  The run goes on in one process, under another schedule.
+Gradients, losses, averages and validation are those of a single device, which
+can read what the others saved.
 """
 
 import pathlib
+import pickle
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from deepseek_jax import config as config_lib
 from deepseek_jax.training import checkpoint, metrics
-from tests import tolerances
+from experiments import launch
+from tests import pipelines, processes, tolerances
+from tests.pipelines import EXPERTS, SHARED, THREE_LAYERS, Case
 from tests.records import first_gradients, without_speeds
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -73,13 +77,71 @@ def _numbers(workdir):
   return without_speeds(metrics.read(workdir))
 
 
+# Each on all 8 devices; stages have no layer, one or two.
+_CASES = (
+  Case('gpipe', 2, (*THREE_LAYERS, *SHARED, ('parallel.fsdp', 2))),
+  Case('1f1b', 4, (*THREE_LAYERS, EXPERTS)),
+  Case(
+    'interleaved',
+    2,
+    (*THREE_LAYERS, *SHARED, ('parallel.data', 2), ('parallel.zero1', True)),
+  ),
+  Case('zb_h1', 4, (*THREE_LAYERS, EXPERTS)),
+  Case('dualpipe', 2, (*THREE_LAYERS, *SHARED, ('parallel.node', 2))),
+  Case(
+    'dualpipe_v',
+    2,
+    (
+      *THREE_LAYERS,
+      *SHARED,
+      ('parallel.data', 2),
+      ('parallel.stage_layers', '1,2,0,0'),
+    ),
+  ),
+)
+# One of the processes.
+_STEPS = """
+import pathlib, pickle, sys
+from deepseek_jax import config
+from deepseek_jax.training import process
+from tests import pipelines, tolerances
+path, where, i = sys.argv[1:]
+process.join(
+  config.ParallelConfig(
+    cpu_devices=4, num_processes=2, process_id=int(i), coordinator=where
+  )
+)
+path = pathlib.Path(path)
+cases, first, expected = pickle.loads(path.read_bytes())
+with process.together():
+  for case in cases:
+    results = pipelines.train(case, first, folder=path.parent)
+    pipelines.compare(results, expected, tolerances.DEEP_MODEL)
+    print('equal:', case.schedule, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_steps_of_every_schedule(tmp_path):
+  assert [case.schedule for case in _CASES] == [*config_lib.PIPELINES]
+  path = tmp_path / 'steps'
+  path.write_bytes(pickle.dumps((_CASES, *pipelines.one_device(THREE_LAYERS))))
+  where = f'127.0.0.1:{launch.free_port()}'
+  with processes.starter() as start:
+    pair = [start('-c', _STEPS, str(path), where, str(i)) for i in range(2)]
+    for process in pair:
+      status, text = process.finish(900)
+      assert status == 0, text
+      assert text.count('equal: ') == len(_CASES), text
+
+
 @pytest.mark.slow
 def test_two_processes_then_another_pipeline(tmp_path):
   workdir = tmp_path / 'run'
   late = '--train.eval_every=1000'  # At the end only.
   cpu = '--parallel.cpu_devices='
   _run(workdir, 3, late, *_DUALPIPE, f'{cpu}4', launch=_TWO)
-  text = _run(workdir, 5, late, *_ZB_H1, f'{cpu}2', launch=_TWO)
+  text = _run(workdir, 5, late, *_ZB_H1, f'{cpu}4')
   assert 'resuming after step 3' in text
 
   one = tmp_path / 'one'
