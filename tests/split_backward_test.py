@@ -1,6 +1,7 @@
 """Input and weight gradients apart are the whole backward pass, at its cost."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,11 @@ from tests import tolerances
 _B, _T = 2, 16
 
 
-def _flops(function, *args) -> float:
-  compiled = jax.jit(function).lower(*args).compile()
+def _compile(function, *args):
+  return jax.jit(function).lower(*args).compile()
+
+
+def _flops(compiled) -> float:
   return compiled.cost_analysis().get('flops', 0)
 
 
@@ -66,6 +70,19 @@ def _matrices(n):
   return params, np.float32(0.5), x, np.ones(32, np.float32), dy
 
 
+def _compile_parts(split, params, state, x, aux, dy):
+  """Each of the programs, compiled once, to be run and to be counted."""
+  own = params, state, jax.eval_shape(split.prepare, params, state)
+  saved = *own, aux, split.residuals
+  return types.SimpleNamespace(
+    prepare=_compile(split.prepare, params, state),
+    forward=_compile(split.forward, *own, x, aux),
+    input_grad=_compile(split.input_grad, *saved, dy),
+    weight_grad=_compile(split.weight_grad, *saved, split.cut),
+    backward=_compile(split.backward, *saved, dy),
+  )
+
+
 def _parts(split, params, state, x, aux, dy):
   """(y, stats, dparams, dx), of the four programs in turn."""
   prepared = split.prepare(params, state)
@@ -75,14 +92,8 @@ def _parts(split, params, state, x, aux, dy):
   return y, stats, dparams, dx
 
 
-def _part_flops(split, params, state, x, aux, dy):
-  own = params, state, jax.eval_shape(split.prepare, params, state)
-  return {
-    'forward': _flops(split.forward, *own, x, aux),
-    'input': _flops(split.input_grad, *own, aux, split.residuals, dy),
-    'weight': _flops(split.weight_grad, *own, aux, split.residuals, split.cut),
-    'both': _flops(split.backward, *own, aux, split.residuals, dy),
-  }
+def _part_flops(compiled):
+  return {name: _flops(part) for name, part in vars(compiled).items()}
 
 
 def _whole(function, params, state, x, aux, dy):
@@ -131,16 +142,17 @@ class PlainTest(parameterized.TestCase):
   def test_equals_vjp_and_recomputes_nothing(self):
     *args, dy = _matrices(2)
     split = split_backward.split(_two_layers, *args)
-    flops = _part_flops(split, *args, dy)
+    compiled = _compile_parts(split, *args, dy)
+    flops = _part_flops(compiled)
     tolerances.assert_close(
-      _parts(split, *args, dy),
+      _parts(compiled, *args, dy),
       _whole(_two_layers, *args, dy),
       tolerances.FLOAT32_MATH,
     )
     matmul = 2 * 32 * 64 * 64
-    for name in ('forward', 'input', 'weight'):  # Four matrices each.
+    for name in ('forward', 'input_grad', 'weight_grad'):  # Four matrices each.
       self.assertBetween(flops[name], 4 * matmul, 4.4 * matmul, name)
-    self.assertBetween(flops['both'], 8 * matmul, 8.8 * matmul)
+    self.assertBetween(flops['backward'], 8 * matmul, 8.8 * matmul)
 
   def test_aux_is_never_a_residual_and_vectors_do_not_wait(self):
     *args, _ = _matrices(2)
@@ -190,12 +202,13 @@ class PlainTest(parameterized.TestCase):
 
     *args, dy = _matrices(3)
     split = split_backward.split(function, *args)
+    compiled = _compile_parts(split, *args, dy)
     tolerances.assert_close(
-      _parts(split, *args, dy),
+      _parts(compiled, *args, dy),
       _whole(function, *args, dy),
       tolerances.FLOAT32_MATH,
     )
-    self.assertEqual(_part_flops(split, *args, dy)['weight'], 0)
+    self.assertEqual(_flops(compiled.weight_grad), 0)
 
   def test_fp8_linear(self):
     """In FP8, two tiles a row; weights are quantised once, ahead."""
@@ -234,21 +247,19 @@ class LayerTest(parameterized.TestCase):
   def test_mla_and_moe(self, policy, dtype, fp8=False):
     function, args, dy = _layer(policy, dtype, fp8)
     split = split_backward.split(function, *args)
-    flops = _part_flops(split, *args, dy)
-    whole = functools.partial(_whole, function)
+    compiled = _compile_parts(split, *args, dy)
+    whole = _compile(functools.partial(_whole, function), *args, dy)
     # The same operations, so that even bfloat16 agrees.
     tolerances.assert_close(
-      jax.jit(functools.partial(_parts, split))(*args, dy),
-      jax.jit(whole)(*args, dy),
-      tolerances.FLOAT32_MATH,
+      _parts(compiled, *args, dy), whole(*args, dy), tolerances.FLOAT32_MATH
     )
-    most = 1.02 * _flops(whole, *args, dy)
-    once = flops['forward'] + _flops(split.prepare, *args[:2])
-    total = once + flops['input'] + flops['weight']
+    flops, most = _part_flops(compiled), 1.02 * _flops(whole)
+    once = flops['forward'] + flops['prepare']
+    total = once + flops['input_grad'] + flops['weight_grad']
     self.assertLess(total, most)
-    self.assertLess(once + flops['both'], most)  # As a pair has them.
+    self.assertLess(once + flops['backward'], most)  # As a pair has them.
     # Quantisation, at these sizes much of the work, does not wait.
-    self.assertGreater(flops['weight'], (0.15 if fp8 else 0.2) * total)
+    self.assertGreater(flops['weight_grad'], (0.15 if fp8 else 0.2) * total)
 
   @pytest.mark.slow
   def test_what_waits_for_a_weight_gradient_is_codes(self):
