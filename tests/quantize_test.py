@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from deepseek_jax.convert import fp8
 from deepseek_jax.ops import formats, quantize
-from tests import tolerances
+from tests import conftest, tolerances
 
 _TILES = {
   'row': quantize.ROW_TILE,
@@ -161,15 +161,13 @@ class QuantizeTest(parameterized.TestCase):
     x = jnp.ones((512, 256)).at[3, 5].set(jnp.nan)
     amax = jax.jit(lambda x: quantize.tile_amax(x, quantize.ROW_TILE))
     # Tests compile without optimisation: the maximum would not be vectorised.
-    level = {'xla_backend_optimization_level': 3}
-    out = np.asarray(amax.lower(x).compile(level)(x))
+    out = np.asarray(amax.lower(x).compile(conftest.OPTIMISED)(x))
     np.testing.assert_array_equal(np.argwhere(np.isnan(out)), [[3, 0]])
 
   def test_an_optimised_program_spoils_the_whole_tile_of_a_nan(self):
     x = jnp.ones((64, 256)).at[3, 5].set(jnp.nan).at[4, 200].set(jnp.inf)
     run = jax.jit(lambda x: quantize.quantize(x, quantize.ROW_TILE).raw)
-    level = {'xla_backend_optimization_level': 3}
-    y = np.asarray(run.lower(x).compile(level)(x).dequantize())
+    y = np.asarray(run.lower(x).compile(conftest.OPTIMISED)(x).dequantize())
     spoilt = np.zeros((64, 256), bool)
     spoilt[3, :128] = spoilt[4, 128:] = True
     np.testing.assert_array_equal(np.isnan(y), spoilt)
