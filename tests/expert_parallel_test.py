@@ -27,7 +27,6 @@ def make_mesh(**sizes):
 
 
 @functools.cache
-@functools.cache
 def _problem(crowded=False):
   """Arguments of `expert_ffn`, and a cotangent."""
   rng = np.random.default_rng(0)
