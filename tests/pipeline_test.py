@@ -249,7 +249,7 @@ class MemoryTest(parameterized.TestCase):
     return split_backward.split(_PROGRAM.layers[kind], *one, x, (micro, _SCALE))
 
   def test_activations_are_the_simulators_peak(self):
-    """GPipe holds all micro-batches: with each one slot more, and no byte."""
+    """GPipe holds all micro-batches, 1F1B as many as there are stages."""
     few, many = (
       self._temporary(_Case('gpipe', 2, n, n_thin=2, n_wide=2, sizes=(2, 2)))
       for n in (8, 40)
@@ -263,6 +263,12 @@ class MemoryTest(parameterized.TestCase):
     expected = sum(map(max, itertools.zip_longest(*sizes, fillvalue=0)))
     expected += 4 * _ROWS * _T * _D
     self.assertBetween(slot, expected, 1.05 * expected)
+    few, many = (
+      self._temporary(_Case('1f1b', 2, n, n_thin=2, n_wide=2, sizes=(2, 2)))
+      for n in (8, 40)
+    )
+    self.assertEqual(few[1], many[1])
+    self.assertLess(many[0] - few[0], slot)
 
   @parameterized.parameters(
     ('gpipe', 10), ('1f1b', 10), ('interleaved', 8),

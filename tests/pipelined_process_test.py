@@ -1,9 +1,9 @@
 """Pipelines over two processes of four CPU devices: one device's steps.
 
 Steps under every schedule, and a run whose pipeline has two stages a process,
-with two expert ranks.  The run goes on in one process, under another schedule.
-Gradients, losses, averages and validation are those of a single device, which
-can read what the others saved.
+with two expert ranks.  The run goes on in two processes of two devices, a stage
+each, under another schedule.  Gradients, losses, averages and validation are
+those of a single device, which can read what the others saved.
 """
 
 import pathlib
@@ -141,7 +141,7 @@ def test_two_processes_then_another_pipeline(tmp_path):
   late = '--train.eval_every=1000'  # At the end only.
   cpu = '--parallel.cpu_devices='
   _run(workdir, 3, late, *_DUALPIPE, f'{cpu}4', launch=_TWO)
-  text = _run(workdir, 5, late, *_ZB_H1, f'{cpu}4')
+  text = _run(workdir, 5, late, *_ZB_H1, f'{cpu}2', launch=_TWO)
   assert 'resuming after step 3' in text
 
   one = tmp_path / 'one'

@@ -92,10 +92,12 @@ class GradientsTest(parameterized.TestCase):
 
   @parameterized.parameters(
     Case('gpipe', 2, _FP8),
+    Case('1f1b', 2, _FP8),
     Case('1f1b', 2, (*_FP8, EXPERTS)),
     Case('interleaved', 2, _FP8),
     Case('zb_h1', 2, (*_FP8, EXPERTS)),
     Case('dualpipe', 2, _FP8),
+    Case('dualpipe_v', 2, _FP8),
     Case('dualpipe_v', 2, (*_FP8, EXPERTS)),
   )
   @pytest.mark.slow
