@@ -293,8 +293,8 @@ class WorkdirTest(support.FolderTestCase):
     with self.assertRaisesRegex(ValueError, '--ema.*has none'):
       run.plan(workdir, 'hf', use_ema=True)
     arrays = workdir / 'checkpoints/1/model/ocdbt.process_0/d'
-    largest = max(arrays.iterdir(), key=lambda path: path.stat().st_size)
-    os.truncate(largest, largest.stat().st_size // 2)
+    for path in arrays.iterdir():  # Of which some hold nothing that is read.
+      os.truncate(path, path.stat().st_size // 2)
     with self.assertRaisesRegex(ValueError, 'chunk .* is missing or cut'):
       run.plan(workdir, 'hf')
     (self.folder / 'empty' / 'checkpoints').mkdir(parents=True)

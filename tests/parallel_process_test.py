@@ -87,12 +87,14 @@ def _can_go_on(workdir):
 
 
 def _damage(workdir):
-  """Cuts in half what process 1 wrote of the newest checkpoint: its step."""
+  """Cuts in half all that process 1 wrote of the newest checkpoint: its step.
+
+  One file may hold only what a later one replaces: any of them can be spared.
+  """
   newest = _saved(workdir)[-1]
   item = workdir / 'checkpoints' / str(newest) / 'opt_state'
-  files = (item / 'ocdbt.process_1' / 'd').iterdir()
-  largest = max(files, key=lambda path: path.stat().st_size)
-  largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+  for path in (item / 'ocdbt.process_1' / 'd').iterdir():
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
   return newest
 
 
