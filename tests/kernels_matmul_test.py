@@ -485,6 +485,32 @@ class LayersTest(Kernels):
     self.assertEqual((sum(fused), len(fused)), (1, 5))
     self.assertEqual(count, 8 + 1 + 3 + 5)
 
+  @parameterized.parameters(False, True)
+  def test_a_third_layer_brings_no_kernel(self, is_fp8):
+    """JAX lowers a kernel once if its calls have it, as traced, in common."""
+    c = presets.deepseek_v3().model
+    precision = config.PrecisionConfig(fp8=config.FP8Config(enabled=is_fp8))
+    layer = block.Block(c, True, precision)
+    x, ids = abstract((1, 4096, c.dim)), abstract((1, 4096), I32)
+    args = x, ids, None, abstract((1, 4096), F32)
+
+    def calls(layers):
+      def run(variables, x, *args):
+        for _ in range(layers):
+          x = layer.apply(variables, x, *args)[0]
+        return x.astype(F32).sum()
+
+      with mosaic.for_hopper():
+        variables = jax.eval_shape(layer.init, jax.random.key(0), *args)
+        jaxpr = jax.make_jaxpr(jax.grad(run, (0, 1)))(variables, *args)
+      found = jaxprs.equations(jaxpr.jaxpr)
+      return [e.params for e, _ in found if e.primitive.name == 'mpmd_map']
+
+    two, three = calls(2), calls(3)
+    self.assertLess(len(two), len(three))
+    kernels = [{id(call['jaxprs'][0]) for call in n} for n in (two, three)]
+    self.assertEqual(*kernels)
+
 
 _ASSEMBLE = """
 import functools, sys

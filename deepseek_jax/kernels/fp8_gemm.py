@@ -100,6 +100,7 @@ def best_shape(M: int, N: int, has_column_scales: bool) -> Shape:
   return WIDE if cost(WIDE) <= cost(NARROW) else NARROW
 
 
+@mosaic.traced_once
 def multiply(
   a_MK: jax.Array,
   b_ENK: jax.Array,

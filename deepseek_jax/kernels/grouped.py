@@ -93,6 +93,12 @@ def dots(
   if not choice.is_kernel:
     pairs = [(x, w.mT if turned else w) for x, w in pairs]
     return reference.dots(pairs, groups, dtype)
+  return _dots(pairs, groups, turned, dtype)
+
+
+@mosaic.traced_once
+def _dots(pairs, groups, turned, dtype):
+  (x_RK, w_EKN), *_ = pairs
   R, K = x_RK.shape
   N = w_EKN.shape[1 if turned else 2]
   length = _STEP // len(pairs)
@@ -142,6 +148,11 @@ def outer(
   choice = dispatch.choose(implementation, found, 'grouped wgrad', x_RM, y_RN)
   if not choice.is_kernel:
     return reference.outer(x_RM, y_RN, groups)
+  return _outer(x_RM, y_RN, groups)
+
+
+@mosaic.traced_once
+def _outer(x_RM, y_RN, groups):
   M, N, E = x_RM.shape[1], y_RN.shape[1], groups.first_E.size
   grid = -(-M // _ROWS), -(-N // _COLUMNS)
 

@@ -306,6 +306,7 @@ def _in_turns(turn):
   plgpu.barrier_wait(turn)
 
 
+@mosaic.traced_once
 def _forward(s: _Shape, *arrays):
   """Output and logsumexp, both of whole blocks."""
   stages, factor = _FORWARD_STAGES, s.scale * _LOG2E
@@ -441,6 +442,7 @@ def _segment_memory(s: _Shape, fixed: int, streamed: int, stages: int):
   ]
 
 
+@mosaic.traced_once
 def _dq(s: _Shape, *arrays):
   """Gradient of the queries, of whole blocks."""
   keys, stages, factor = _DQ_KEYS, _DQ_STAGES, s.scale * _LOG2E
@@ -573,6 +575,7 @@ def _dq(s: _Shape, *arrays):
   )(*arrays)
 
 
+@mosaic.traced_once
 def _dkv(s: _Shape, *arrays):
   """Gradients of the keys and of the values, of whole blocks.
 

@@ -121,6 +121,7 @@ def _visible(positions_BT, n_heads, S, tiles):
   return last, jnp.stack([whole, some], -1).astype(jnp.int32)
 
 
+@mosaic.traced_once
 def _splits(q_BRX, cache_BSX, width, positions_BT, scale, splits):
   """Each split's output [B, splits, rows, width] and logsumexp.
 

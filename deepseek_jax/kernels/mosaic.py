@@ -5,14 +5,17 @@ stands here, and the kernels name neither a version nor a private module.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 SMEM_BYTES = 232448  # What one block can have on Hopper: 227 KiB.
+_ARRAY = object()  # In the place of an array.
 _H100 = jax.sharding.AbstractDevice('NVIDIA H100 80GB HBM3', 132, 'gpu')
 
 
@@ -52,6 +55,36 @@ def launch(
     compiler_params=plgpu.CompilerParams(**params),
     **(threads if warpgroups > 1 else {}),
   )
+
+
+def traced_once(f: Callable[..., Any]) -> Callable[..., Any]:
+  """Decorates a function that calls `launch`; equal calls share its kernel.
+
+  JAX lowers a kernel that it meets again from its cache, but takes one that was
+  traced anew for another, and a step calls these hundreds of times.  Calls are
+  equal if their arrays have the same types, and whatever else is among their
+  arguments, which has to be hashable, is equal.
+  """
+
+  def is_array(x):
+    return isinstance(x, (jax.Array, np.ndarray))
+
+  @functools.partial(jax.jit, static_argnums=0, inline=True)
+  def traced(key, arrays):
+    tree, others = key
+    arrays = iter(arrays)
+    leaves = (next(arrays) if x is _ARRAY else x for x in others)
+    args, kwargs = jax.tree.unflatten(tree, leaves)
+    return f(*args, **kwargs)
+
+  @functools.wraps(f)
+  def call(*args, **kwargs):
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    arrays = list(filter(is_array, leaves))
+    others = tuple(_ARRAY if is_array(x) else x for x in leaves)
+    return traced((tree, others), arrays)
+
+  return call
 
 
 def swizzle(columns: int, dtype: Any, most: int = 128) -> tuple[Any, ...]:

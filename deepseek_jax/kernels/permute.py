@@ -43,8 +43,13 @@ def permute(
   choice = dispatch.choose(implementation, found, 'permute', x_TD)
   if not choice.is_kernel:
     return reference.permute(x_TD, layout)
+  return _permute(x_TD, layout.token_R)
+
+
+@mosaic.traced_once
+def _permute(x_TD, token_R):
   T, D = x_TD.shape
-  R, Z = layout.token_R.size, D // _LANES
+  R, Z = token_R.size, D // _LANES
 
   def body(x_gmem, token_gmem, o_gmem, smem, barrier):
     first = lax.axis_index('row') * _ROWS
@@ -65,7 +70,7 @@ def permute(
       'smem': plgpu.SMEM((_ROWS, Z, _LANES), x_TD.dtype),
       'barrier': plgpu.Barrier(num_barriers=_ROWS),
     },
-  )(x_TD.reshape(T, Z, _LANES), layout.token_R)
+  )(x_TD.reshape(T, Z, _LANES), token_R)
   return rows.reshape(R, D)
 
 
@@ -73,15 +78,21 @@ def unpermute(
   rows_RD: jax.Array, layout: Layout, implementation: str | None = None
 ) -> jax.Array:
   """`ops.grouped.unpermute`."""
-  (R, D), dtype = rows_RD.shape, rows_RD.dtype
-  T, K = layout.row_TK.shape
-  piece = _piece(D // _LANES, K * _LANES * jnp.dtype(dtype).itemsize)
-  found = obstacles(rows_RD.shape, dtype)
+  D, K = rows_RD.shape[1], layout.row_TK.shape[1]
+  piece = _piece(D // _LANES, K * _LANES * rows_RD.dtype.itemsize)
+  found = obstacles(rows_RD.shape, rows_RD.dtype)
   if piece == 0:
     found.append(f'{K} rows do not fit into {_PIECE_BYTES} bytes')
   choice = dispatch.choose(implementation, found, 'unpermute', rows_RD)
   if not choice.is_kernel:
     return reference.unpermute(rows_RD, layout)
+  return _unpermute(rows_RD, layout.row_TK, piece)
+
+
+@mosaic.traced_once
+def _unpermute(rows_RD, row_TK, piece):
+  (R, D), dtype = rows_RD.shape, rows_RD.dtype
+  T, K = row_TK.shape
   Z = D // _LANES
 
   def body(x_gmem, row_gmem, o_gmem, smem, o_smem, barrier):
@@ -107,7 +118,7 @@ def unpermute(
       'o_smem': plgpu.SMEM((piece, _LANES), dtype),
       'barrier': plgpu.Barrier(num_barriers=K),
     },
-  )(rows_RD.reshape(R, Z, _LANES), layout.row_TK)
+  )(rows_RD.reshape(R, Z, _LANES), row_TK)
   return sums.reshape(T, D)
 
 

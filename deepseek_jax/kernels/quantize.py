@@ -82,7 +82,12 @@ def quantize(
   choice = dispatch.choose(implementation, found, 'quantize', x)
   if not choice.is_kernel:
     return reference.quantize(x, tile, fmt, scale, amax, min_amax)
-  return _rowwise(lambda x, _: x, (x,), None, scale, min_amax)
+  return _rowwise(_unchanged, (x,), None, scale, min_amax)
+
+
+def _unchanged(x, weight):
+  del weight
+  return x
 
 
 def swiglu(
@@ -106,6 +111,7 @@ def _swiglu(gate, up, weight):
   return hidden if weight is None else hidden * weight
 
 
+@mosaic.traced_once
 def _rowwise(f, arrays, weights_T, scale, min_amax=MIN_AMAX):
   """Codes of `f(*tiles, weight of each row)`; `f` sees float32 [64, 128]."""
   T, D = arrays[0].shape
@@ -199,6 +205,7 @@ def rms_norm(
   return _rms_norm(x_TD, scale_D, eps, scale)
 
 
+@mosaic.traced_once
 def _rms_norm(x_TD, scale_D, eps, scale):
   """A block takes `_NORM_ROWS` rows; the second is loaded under the first."""
   T, D = x_TD.shape

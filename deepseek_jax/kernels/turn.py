@@ -91,6 +91,7 @@ def quantize(
   return _turn(x, None, scale, min_amax)
 
 
+@mosaic.traced_once
 def _turn(x_TD, scales_ZT, scale, min_amax):
   T, D = x_TD.shape
   has_codes = scales_ZT is not None
