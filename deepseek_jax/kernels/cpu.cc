@@ -497,13 +497,15 @@ void experts(const T* x, const T* w1, const T* w2, const T* w3,
 
   run_eights(s->strips.size(), [=](int64_t i) {
     const Strip& strip = s->strips[i];
-    int P = padded(strip.rows);
-    for (int r = 0; r < P; ++r) {
-      const T* from = x;
-      if (r < strip.rows) from += s->order[strip.first + r] / K * D;
+    for_rows(padded(strip.rows), [=](auto count) {
+      constexpr int R = count;
+      const T* from[R];  // What is added to make it R rows is the first again.
+      for (int r = 0; r < R; ++r)
+        from[r] = x + s->order[strip.first + r % strip.rows] / K * D;
+      float* to = in + strip.at * D;
       for (int64_t d = 0; d < D; ++d)
-        in[strip.at * D + d * P + r] = r < strip.rows ? number(from[d]) : 0;
-    }
+        for (int r = 0; r < R; ++r) to[d * R + r] = number(from[r][d]);
+    });
   });
   int64_t columns = columns_of(F, count);
   int64_t pieces = (F + columns - 1) / columns;
@@ -544,14 +546,15 @@ void experts(const T* x, const T* w1, const T* w2, const T* w3,
     }
   });
   run_eights(tokens, [=](int64_t t) {
-    for (int64_t d = 0; d < D; ++d) {
-      float sum = 0;
-      for (int64_t k = 0; k < K; ++k) {
-        int64_t place = s->places[t * K + k];
-        if (place >= 0) sum += out[place * D + d];
-      }
-      put(y + t * D + d, sum);
+    static thread_local Scratch scratch;
+    float* sum = scratch.get(D);
+    std::fill_n(sum, D, 0.f);
+    for (int64_t k = 0; k < K; ++k) {
+      int64_t place = s->places[t * K + k];
+      if (place < 0) continue;
+      for (int64_t d = 0; d < D; ++d) sum[d] += out[place * D + d];
     }
+    for (int64_t d = 0; d < D; ++d) put(y + t * D + d, sum[d]);
   });
   for (Scratch& buffer : buffers) buffer.trim();
 }
