@@ -15,7 +15,7 @@ from absl.testing import parameterized
 from deepseek_jax import config as config_lib
 from deepseek_jax import presets
 from deepseek_jax.layers import mla, mlp
-from tests import reference, tolerances
+from tests import conftest, reference, tolerances
 
 _PRECISION = config_lib.PrecisionConfig(
   'float32', fp8=config_lib.FP8Config(enabled=True)
@@ -183,7 +183,8 @@ def _run(layer, params, x, dy, *args):
   def apply(params, x):
     return layer.apply({'params': params}, x[None], *args)[0]
 
-  @jax.jit
+  # Sums in the order of tests alone put more codes beside ties.
+  @functools.partial(jax.jit, compiler_options=conftest.OPTIMISED)
   def run(params, x, dy):
     y, vjp = jax.vjp(apply, params, x)
     grads, dx = vjp(dy)
