@@ -250,10 +250,14 @@ class MemoryTest(parameterized.TestCase):
 
   def test_activations_are_the_simulators_peak(self):
     """GPipe holds all micro-batches, 1F1B as many as there are stages."""
-    few, many = (
-      self._temporary(_Case('gpipe', 2, n, n_thin=2, n_wide=2, sizes=(2, 2)))
-      for n in (8, 40)
-    )
+
+    def of_few_and_many(name):
+      return (
+        self._temporary(_Case(name, 2, n, n_thin=2, n_wide=2, sizes=(2, 2)))
+        for n in (8, 40)
+      )
+
+    few, many = of_few_and_many('gpipe')
     slot = (many[0] - few[0]) / (many[1] - few[1])
     # Each buffer as large as the stage with the most wants; gradient's inbox.
     sizes = (
@@ -263,10 +267,7 @@ class MemoryTest(parameterized.TestCase):
     expected = sum(map(max, itertools.zip_longest(*sizes, fillvalue=0)))
     expected += 4 * _ROWS * _T * _D
     self.assertBetween(slot, expected, 1.05 * expected)
-    few, many = (
-      self._temporary(_Case('1f1b', 2, n, n_thin=2, n_wide=2, sizes=(2, 2)))
-      for n in (8, 40)
-    )
+    few, many = of_few_and_many('1f1b')
     self.assertEqual(few[1], many[1])
     self.assertLess(many[0] - few[0], slot)
 

@@ -202,6 +202,19 @@ void for_rows(int padded, F f) {
   }
 }
 
+// y [n, padded(rows)] = the rows x, side by side. What is added to make their
+// number a power of two is the first again.
+template <typename T>
+void turn(int rows, const T* const* x, int64_t n, float* y) {
+  for_rows(padded(rows), [=](auto count) {
+    constexpr int R = count;
+    const T* from[R];
+    for (int r = 0; r < R; ++r) from[r] = x[r < rows ? r : 0];
+    for (int64_t i = 0; i < n; ++i)
+      for (int r = 0; r < R; ++r) y[i * R + r] = number(from[r][i]);
+  });
+}
+
 // y[r, n] += sum over k of x[k, r] w[k, n], for U vectors of n and kDepth k, or
 // `depth` if that is less.
 template <int R, int U, bool kWhole, typename T>
@@ -427,12 +440,13 @@ void attend(const T* q, const T* cache, const int32_t* positions, T* y,
     int64_t room = n + kLanes;
     float* scores = buffers[1].get(P * room + kLanes);
     multiply_transposed(rows, in, keys, X, n, scores, room);
-    float* probs = buffers[2].get(P * room);
-    for (int r = 0; r < P; ++r) {
-      if (r < rows) softmax(scores + r * room, n, visible(r), scale);
-      for (int64_t i = 0; i < n; ++i)
-        probs[i * P + r] = r < rows ? scores[r * room + i] : 0;
+    const float* seen[kRows];
+    for (int r = 0; r < rows; ++r) {
+      softmax(scores + r * room, n, visible(r), scale);
+      seen[r] = scores + r * room;
     }
+    float* probs = buffers[2].get(P * room);
+    turn(rows, seen, n, probs);
     float* out = buffers[3].get(P * width);
     multiply(rows, probs, keys, X, n, width, out, width);
     for (int64_t i = 0; i < rows * width; ++i)
@@ -497,15 +511,10 @@ void experts(const T* x, const T* w1, const T* w2, const T* w3,
 
   run_eights(s->strips.size(), [=](int64_t i) {
     const Strip& strip = s->strips[i];
-    for_rows(padded(strip.rows), [=](auto count) {
-      constexpr int R = count;
-      const T* from[R];  // What is added to make it R rows is the first again.
-      for (int r = 0; r < R; ++r)
-        from[r] = x + s->order[strip.first + r % strip.rows] / K * D;
-      float* to = in + strip.at * D;
-      for (int64_t d = 0; d < D; ++d)
-        for (int r = 0; r < R; ++r) to[d * R + r] = number(from[r][d]);
-    });
+    const T* rows[kRows];
+    for (int r = 0; r < strip.rows; ++r)
+      rows[r] = x + s->order[strip.first + r] / K * D;
+    turn(strip.rows, rows, D, in + strip.at * D);
   });
   int64_t columns = columns_of(F, count);
   int64_t pieces = (F + columns - 1) / columns;
@@ -515,20 +524,21 @@ void experts(const T* x, const T* w1, const T* w2, const T* w3,
     int64_t n = task % pieces * columns, width = std::min(columns, F - n);
     for (int i = from; i < to; ++i) {
       const Strip& strip = s->strips[i];
-      int P = padded(strip.rows);
       const float* xs = in + strip.at * D;
       int64_t matrix = strip.expert * D * F + n;
       multiply(strip.rows, xs, w1 + matrix, F, D, width, gate, columns);
       multiply(strip.rows, xs, w3 + matrix, F, D, width, up, columns);
-      for (int r = 0; r < P; ++r) {
-        float by = r < strip.rows ? gates[s->order[strip.first + r]] : 0;
+      const float* rows[kRows];
+      for (int r = 0; r < strip.rows; ++r) {
+        float by = gates[s->order[strip.first + r]];
         for (int64_t j = 0; j < width; j += kLanes) {
           int64_t at = r * columns + j;
           store(gate + at, silu(load(gate + at)) * load(up + at) * by);
         }
-        float* to = hidden + strip.at * F + n * P + r;
-        for (int64_t j = 0; j < width; ++j) to[j * P] = gate[r * columns + j];
+        rows[r] = gate + r * columns;
       }
+      turn(strip.rows, rows, width,
+           hidden + strip.at * F + n * padded(strip.rows));
     }
   });
   columns = columns_of(D, count);
